@@ -1,0 +1,157 @@
+"""diffusers, 0.33.1 to 0.42: the classes and hooks that `forerun.picard` stands on.
+
+Versions differ in nothing that the plugin needs so far; the contract tests of every symbol used here are in
+`tests/adapters/test_diffusers.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from forerun_adapters._require import require
+
+require("diffusers")
+
+import diffusers  # noqa: E402
+from diffusers.hooks import HookRegistry, ModelHook  # noqa: E402
+
+__all__ = [
+    "SchedulerMixin",
+    "forward_signature",
+    "hook_forward",
+    "pipeline_arguments",
+    "pipeline_denoisers",
+    "running_pipeline",
+    "scheduler_class",
+    "scheduler_defaults",
+    "unhook_forward",
+]
+
+SchedulerMixin: Any = diffusers.SchedulerMixin
+
+# Components that a pipeline calls once or more for every step.
+_DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "adapter_controlnet")
+
+
+def scheduler_class(name: str) -> type[Any]:
+    """A scheduler class of diffusers by its name.
+
+    Raises:
+        ValueError: diffusers has no scheduler of that name.
+    """
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise ValueError(f"diffusers {diffusers.__version__} has no scheduler named {name!r}")
+    return found
+
+
+def scheduler_defaults(scheduler: type[Any]) -> frozenset[str]:
+    """Names of the arguments that a scheduler class is made with."""
+    return frozenset(inspect.signature(scheduler.__init__).parameters) - {"self"}
+
+
+def pipeline_denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The modules that a pipeline's loop calls at every step, by component name."""
+    if not isinstance(pipe, diffusers.DiffusionPipeline):
+        raise TypeError(f"from_pipe takes a diffusers pipeline, and got a {type(pipe).__name__}")
+    found = {name: getattr(pipe, name, None) for name in _DENOISERS}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def forward_signature(module: nn.Module) -> inspect.Signature:
+    """What a module's `forward` takes, without `self`; seen through `torch.compile`'s wrapper and other hooks."""
+    signature = inspect.signature(type(_unwrapped(module)).forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def family_name(module: nn.Module) -> str:
+    """The module's class, seen through `torch.compile`'s wrapper."""
+    return type(_unwrapped(module)).__name__
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+class _AroundForward(ModelHook):  # type: ignore[misc]
+    """Hands the call to `around` with the forward that it stands before."""
+
+    def __init__(self, around: Callable[..., Any]) -> None:
+        super().__init__()
+        self._around = around
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self.fn_ref.original_forward, *args, **kwargs)
+
+
+def hook_forward(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
+    """Puts `around(forward, *args, **kwargs)` before a module's forward, with diffusers' own hooks.
+
+    Raises:
+        RuntimeError: A hook of that name is there already.
+    """
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    if registry.get_hook(name) is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} is hooked by {name!r} already: detach the scheduler that did it first"
+        )
+    registry.register_hook(_AroundForward(around), name)
+
+
+def unhook_forward(module: nn.Module, name: str) -> None:
+    """Takes `hook_forward` back; the module is as it was."""
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is None:
+        return
+    registry.remove_hook(name, recurse=False)
+    if not registry.hooks:
+        del module._diffusers_hook
+        if "forward" in vars(module) and _is_plain(module):
+            del module.forward
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the instance's own `forward` is only the class's, as taking a hook off leaves it."""
+    forward = vars(module)["forward"]
+    return getattr(forward, "__func__", None) is type(module).forward
+
+
+def running_pipeline() -> Any | None:
+    """The pipeline whose `__call__` is under way further up the stack; None outside of one."""
+    for frame in _frames():
+        caller = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__call__" and isinstance(caller, diffusers.DiffusionPipeline):
+            return caller
+    return None
+
+
+def pipeline_arguments(pipe: Any) -> dict[str, Any] | None:
+    """What the running `pipe(...)` was called with, as its locals stand; None if it is not running.
+
+    Only read: a pipeline gives its scheduler no other sight of its arguments.
+    """
+    for frame in _frames():
+        if frame.f_locals.get("self") is pipe and frame.f_code.co_name == "__call__":
+            taken = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
+            return {name: value for name, value in frame.f_locals.items() if name in taken and name != "self"}
+    return None
+
+
+def _frames() -> Iterator[Any]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+@functools.cache
+def version() -> str:
+    return str(diffusers.__version__)

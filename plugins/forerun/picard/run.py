@@ -1,0 +1,305 @@
+"""One run of a pipeline's loop: each turn of the loop is a sweep."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.picard.base_solver import BaseScheduler, SchedulerSolver, noise_levels
+from forerun.picard.cost import Cost, expected_rounds
+from forerun.picard.draws import Draws
+from forerun.picard.options import Options
+from forerun.picard.ranks import PointRanks
+from forerun.picard.report import Report
+from forerun.picard.window import Window
+
+__all__ = ["Memory", "Run", "Setting"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run knows of the pipeline around it."""
+
+    widened: bool  # a denoiser hook widens the model's calls; else the pipeline itself is fed the window as its batch
+    mirrored: bool = False  # each sample stands twice in the batch (DiT)
+    cuts: tuple[int, ...] = ()  # points at which a sweep has to end
+    ranks: PointRanks | None = None
+    guidance: Callable[[], Mapping[str, Any]] = dict  # what must not change while the loop runs
+
+
+@dataclass
+class Memory:
+    """What one run leaves for the next."""
+
+    rounds: dict[tuple[int, int], int] = field(default_factory=dict)  # rounds that (steps, window) took
+    cost: dict[tuple[int, ...], Cost] = field(default_factory=dict)  # by window and shape
+    trajectory: Tensor | None = None  # [T + 1, B, ...], kept for a warm start
+    report: Report | None = None
+
+
+@dataclass
+class _Sweep:
+    """The sweep that is being asked, as `forerun.picard.denoiser.Sweep` wants it."""
+
+    points: range
+    inputs: Tensor
+    frontier: Tensor
+    frontier_timestep: Tensor
+    timesteps: Tensor
+    mirrored: bool
+    measure: Callable[[float, float], None] | None
+
+
+class Run:
+    """Drives one loop over `timesteps`.
+
+    Args:
+        base: The scheduler as `set_timesteps` left it; copied, never changed.
+        timesteps: `[T]` of this loop.
+        options: The user's choices.
+        setting: The pipeline around the loop.
+        memory: What earlier runs left; this run adds to it.
+    """
+
+    def __init__(
+        self, base: BaseScheduler, timesteps: Tensor, options: Options, setting: Setting, memory: Memory
+    ) -> None:
+        self._base = base
+        self._timesteps = timesteps
+        self._options = options
+        self._setting = setting
+        self._memory = memory
+        self._window: Window | None = None
+        self._sweep: _Sweep | None = None
+        self._turns = 0
+        self._started = time.perf_counter()
+        self._measured = [0.0, 0.0]
+        self._stepped_aside = False
+        self.active = True
+
+    @property
+    def points(self) -> int:
+        return len(self._timesteps)
+
+    def turns(self) -> Iterator[Tensor]:
+        """What the loop is given, one timestep (or one per row of the window) a turn; never more than T turns."""
+        try:
+            while self.active and self._turns < self.points:
+                self._turns += 1
+                yield self._now()
+        finally:
+            if self.active and self._window is not None:
+                self._finish("interrupted")
+            self.active = False
+
+    def drives(self, timestep: Any) -> bool:
+        """Whether the loop that calls `step(timestep=…)` is this run's own."""
+        if not self.active:
+            return False
+        if self._window is None:  # a loop that only looks at the timesteps has turned more than once by now
+            return self._turns == 1 and bool(torch.as_tensor(timestep).cpu() == self._timesteps[0].cpu())
+        return True
+
+    def sweep(self) -> _Sweep | None:
+        """The sweep to ask the model about; None while the model is to be called as the pipeline calls it."""
+        window = self._window
+        if not self.active or window is None:
+            return None
+        if self._sweep is None:
+            points, lo = window.asked, window.lo
+            self._sweep = _Sweep(
+                points=points,
+                inputs=window.inputs,
+                frontier=window.solver.scale(window.frontier, lo),
+                frontier_timestep=self._timesteps[lo],
+                timesteps=self._timesteps[points.start : points.stop],
+                mirrored=self._setting.mirrored,
+                measure=self._measure if self._wants_cost(window) else None,
+            )
+        return self._sweep
+
+    def scale(self, sample: Tensor, unscaled: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`scale_model_input` of the running loop."""
+        window = self._window
+        if window is None:
+            return unscaled(sample, self._timesteps[0])
+        if self._setting.widened:
+            return window.solver.scale(sample, window.lo)
+        return window.inputs.flatten(0, 1).to(sample.dtype)
+
+    def step(self, output: Tensor, sample: Tensor, arguments: Mapping[str, Any]) -> Any:
+        """`step` of the running loop: takes the model's answers, returns what the base scheduler's step returns."""
+        if self._window is None:
+            self._begin(output, sample, arguments)
+        else:
+            self._check_unchanged(sample)
+            self._window.update(self._by_point(output))
+        self._sweep = None
+        self._step_aside_if_slower()
+        window = self._window
+        assert window is not None
+        if window.done:
+            self._finish("exact" if self._options.tolerance == 0 else "converged")
+        if window.done or self._setting.widened:
+            self._returned = window.frontier
+        else:
+            asked = window.asked
+            self._returned = window.samples[asked.start - window.lo : asked.stop - window.lo].flatten(0, 1)
+        return _with_sample(window.solver.result, self._returned)  # type: ignore[attr-defined]
+
+    def _now(self) -> Tensor:
+        window = self._window
+        if window is None:
+            return self._timesteps[min(self._turns, self.points) - 1]
+        if self._setting.widened:
+            return self._timesteps[window.lo]
+        return self._timesteps[window.asked.start : window.asked.stop].repeat_interleave(len(window.frontier))
+
+    def _begin(self, output: Tensor, sample: Tensor, arguments: Mapping[str, Any]) -> None:
+        arguments = dict(arguments)
+        generator = arguments.pop("generator", None)
+        if getattr(self._base, "noise_sampler", 0) is None and generator is None:  # it would seed itself, once
+            generator = torch.Generator().manual_seed(int(torch.randint(0, 2**63 - 1, ())))
+        self._draws = Draws(generator, sample.device)
+        solver = SchedulerSolver(self._base, self._timesteps, arguments, self._draws, mirrored=self._setting.mirrored)
+        ranks = self._setting.ranks
+        if ranks is not None:
+            ranks.assert_same_start(sample)
+        guess = self._memory.trajectory if self._options.warm_start else None
+        if guess is not None and (guess.shape != (self.points + 1, *sample.shape) or guess.dtype != sample.dtype):
+            guess = None
+        self._guidance = dict(self._setting.guidance())
+        self._size = min(self._options.window or self.points, self.points)
+        self._window = Window(
+            solver,
+            sample,
+            self.points,
+            self._options.stopping().for_dtype(sample.dtype),
+            size=1 if self._slower(len(sample)) else self._size,
+            acceleration=self._options.acceleration,
+            levels=noise_levels(self._base, self._timesteps),
+            coarse=self._options.coarse,
+            guess=guess,
+            cuts=self._setting.cuts,
+            keep=self._options.warm_start,
+            agree=None if ranks is None else ranks.slowest,
+        )
+        self._window.update(output[None])
+
+    def _check_unchanged(self, sample: Tensor) -> None:
+        """Raises ValueError if the loop did not hand back what the last step returned."""
+        assert self._window is not None
+        if sample is not self._returned:
+            if sample.dtype != self._returned.dtype:  # the pipeline casts between steps: so does every sweep from now
+                self._window.cast(sample.dtype)
+            if sample.shape != self._returned.shape or not torch.equal(sample, self._returned.to(sample.dtype)):
+                raise ValueError(
+                    "the latents were changed between steps (by the pipeline or a callback), which parallel sampling "
+                    "cannot serve: a sweep has evaluated points that no longer exist; run it with scheduler.detach()"
+                )
+        guidance = dict(self._setting.guidance())
+        if guidance != self._guidance:
+            changed = sorted(name for name in guidance if guidance[name] != self._guidance.get(name))
+            raise ValueError(
+                f"{', '.join(changed)} changed between steps (by a callback?): a sweep evaluates all points with one "
+                "guidance; run it with scheduler.detach()"
+            )
+
+    def _by_point(self, output: Tensor) -> Tensor:
+        """`[W, B, ...]` the model's answers, from the rows that the pipeline's guidance left."""
+        assert self._window is not None
+        points, halves = len(self._window.asked), 2 if self._setting.mirrored else 1
+        batch = len(self._window.frontier)
+        if len(output) != points * batch:
+            raise ValueError(
+                f"step got {len(output)} rows of model output for {points} points of a batch of {batch}: the model was "
+                "not asked about the window. A pipeline's denoiser is bound by PicardScheduler.from_pipe(pipe), a bare "
+                "loop's by forerun.picard.diffusers.parallel(model, scheduler)"
+            )
+        return output.unflatten(0, (halves, points, batch // halves)).transpose(0, 1).flatten(1, 2)
+
+    def _wants_cost(self, window: Window) -> bool:
+        """Measured once for a shape, on a full window that the model has seen before (compiled and warm)."""
+        options = self._options
+        full = len(window.asked) > 1 and window.rounds == self._options.coarse + 1
+        return (
+            (options.check_cost or options.auto) and full and self._key(len(window.frontier)) not in self._memory.cost
+        )
+
+    def _key(self, batch: int) -> tuple[int, ...]:
+        return (self._size, batch)
+
+    def _measure(self, single: float, sweep: float) -> None:
+        self._measured[0] += single
+        self._measured[1] += sweep
+
+    def _slower(self, batch: int) -> bool:
+        """Whether an earlier run showed that stepping aside is the faster way (`auto=True`)."""
+        cost = self._memory.cost.get(self._key(batch)) if self._options.auto else None
+        self._stepped_aside = cost is not None and cost.speedup(self.points, self._expected()) < 1
+        return self._stepped_aside
+
+    def _expected(self) -> int:
+        known = self._memory.rounds.get((self.points, self._size))
+        return known or expected_rounds(self.points, self._size)
+
+    def _step_aside_if_slower(self) -> None:
+        """After the measured sweep: says that parallel sampling is slower here, or steps aside."""
+        if not self._measured[1]:
+            return
+        assert self._window is not None
+        measured = torch.tensor(self._measured, dtype=torch.float64)
+        if self._setting.ranks is not None:  # all ranks decide by the slowest one's clock, or they would part ways
+            measured = self._setting.ranks.slowest(measured.to(self._window.frontier.device))
+        single, sweep = measured.tolist()
+        cost = Cost(single, sweep, self._size)
+        self._measured = [0.0, 0.0]
+        self._memory.cost[self._key(len(self._window.frontier))] = cost
+        if cost.speedup(self.points, self._expected()) >= 1:
+            return
+        if self._options.auto:
+            self._stepped_aside = True
+            self._window.narrow(1)
+        else:
+            warnings.warn(cost.warning(self.points, self._expected()), stacklevel=4)
+
+    def _finish(self, stopped: Any) -> None:
+        window = self._window
+        assert window is not None
+        self.active = False
+        if stopped != "interrupted":
+            self._draws.hand_back()
+            if self._options.warm_start:
+                self._memory.trajectory = window.trajectory
+            if not self._stepped_aside:
+                self._memory.rounds[self.points, self._size] = window.rounds
+        if self._stepped_aside and stopped != "interrupted":
+            stopped = "stepped aside"
+        cost = self._memory.cost.get(self._key(len(window.frontier)))
+        self._memory.report = Report(
+            scheduler=type(self._base).__name__,
+            points=self.points,
+            window=self._size,
+            tolerance=window.stopping.tolerance,
+            acceleration=self._options.acceleration,
+            rounds=window.rounds,
+            evaluations=window.evaluations,
+            seconds=time.perf_counter() - self._started,
+            residuals=tuple(window.residuals),
+            stopped=stopped,
+            fell_back=window.fell_back,
+            cost=None if cost is None else {"single": cost.single, "sweep": cost.sweep, "points": cost.points},
+        )
+
+
+def _with_sample(result: Any, sample: Tensor) -> Any:
+    """A step's result with another sample, in the base scheduler's own form."""
+    if isinstance(result, tuple) and not hasattr(result, "to_tuple"):
+        return (sample, *result[1:])
+    return type(result)(**{**result, "prev_sample": sample})

@@ -1,0 +1,264 @@
+"""The sweeps: which points to evaluate next, the rebuild from their answers, what is accepted, where the window goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from forerun.picard.anderson import Anderson
+from forerun.picard.levels import NoiseLevels
+from forerun.picard.predict import Frozen, Predictor, Secant
+from forerun.picard.solver import Solver
+from forerun.picard.stopping import Stopping
+
+__all__ = ["Acceleration", "Window"]
+
+Acceleration = Literal["secant", "anderson", "none"]
+
+# A residual this many times the smallest one so far is a failed acceleration, not a converging trajectory.
+_DIVERGED = 100.0
+
+# A point that leaves the window early keeps its error, which grows on the way to the end: it is held to this share of
+# the tolerance. (Digits, T = 100: without it one sample in four ends beyond the tolerance.)
+_FREEZE = 0.3
+
+Answer = Callable[[int, Tensor], Tensor]  # (point, sample [B, ...]) -> the model's answer there, [B, ...]
+
+
+class Window:
+    """A trajectory of T points that is iterated to the sequential result, at most W points at a time.
+
+    Sequential equivalent, and the result at `tolerance=0`:
+
+        for point in range(T):
+            sample = solver.step(model(solver.scale(sample), point), sample)
+
+    Use: while not `done`, evaluate the model on `inputs` (for the points in `asked`) and give the answers to `update`.
+
+    Args:
+        solver: The base sampler, standing at point 0. Not changed.
+        start: `[B, ...]` sample at point 0.
+        points: T.
+        stopping: When a point counts as converged.
+        size: W, at most this many points in a sweep; None for all.
+        acceleration: "secant", "anderson" or "none" (plain Picard iteration).
+        levels: Noise levels of the points, where known.
+        coarse: Model calls, one after the other, that lay a first trajectory before the first sweep (ParaSolver and
+            Parareal start so). The first of them is the call at point 0 that every run begins with.
+        guess: `[T + 1, B, ...]` an earlier trajectory to start from (warm start).
+        alone: Ask for point 0 alone first; False needs a guess.
+        cuts: Points at which a sweep has to end (the model changes there).
+        keep: Keep every accepted sample, for `trajectory`.
+        agree: Makes one `[W]` change of the ranks' own, where several iterate the same window.
+
+    Raises:
+        ValueError: A size, count or shape that does not fit.
+
+    Source: arXiv 2305.16317, algorithm 1; coarse start: arXiv 2405.15986 (SRDS), algorithm 1.
+    """
+
+    def __init__(
+        self,
+        solver: Solver,
+        start: Tensor,
+        points: int,
+        stopping: Stopping,
+        *,
+        size: int | None = None,
+        acceleration: Acceleration = "secant",
+        levels: NoiseLevels | None = None,
+        coarse: int = 1,
+        guess: Tensor | None = None,
+        alone: bool = True,
+        cuts: Sequence[int] = (),
+        keep: bool = False,
+        agree: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"window is {size}; give at least 1 point, or None for all {points}")
+        if acceleration not in get_args(Acceleration):
+            raise ValueError(f"acceleration is {acceleration!r}; give one of {', '.join(get_args(Acceleration))}")
+        if coarse < 1:
+            raise ValueError(f"coarse is {coarse}; give the number of calls, 1 for no coarse start")
+        if guess is not None and guess.shape != (points + 1, *start.shape):
+            raise ValueError(
+                f"the earlier trajectory is {list(guess.shape)}; this run needs {[points + 1, *start.shape]}"
+            )
+        self.points = points
+        self.stopping = stopping
+        self.lo = 0
+        self.rounds = 0
+        self.evaluations = 0
+        self.residuals: list[float] = []
+        self.fell_back = False
+        self._size = size or points
+        self._cuts = (*sorted(cuts), points)
+        self._levels = levels
+        self._predictor: Predictor = Secant(levels) if acceleration == "secant" else Frozen()
+        self._anderson = Anderson() if acceleration == "anderson" else None
+        self._guess = guess
+        self._agree = agree
+        self._kept: list[Tensor] | None = [] if keep else None
+        self.solver = solver.fork()  # stands at lo
+        self._ahead = solver.fork()  # stands at the last of _samples
+        self._samples = [start]  # of the points lo, lo + 1, ...
+        self._answered: tuple[int, Tensor, Tensor] | None = None  # the last answered point, its sample and answer
+        reach = self._reach(0)
+        self._to_lay = (
+            [] if guess is not None else [round(index * reach / coarse) for index in range(1, min(coarse, reach))]
+        )
+        self._laying = alone or guess is None
+        if not self._laying:
+            self._extend_to(reach)
+
+    @property
+    def done(self) -> bool:
+        return self.lo >= self.points
+
+    @property
+    def frontier(self) -> Tensor:
+        """`[B, ...]` the last accepted sample; the result once `done`."""
+        return self._samples[0]
+
+    @property
+    def samples(self) -> Tensor:
+        """`[W + 1, B, ...]` the trajectory as it stands, from the last accepted point on."""
+        return torch.stack(self._samples)
+
+    @property
+    def trajectory(self) -> Tensor:
+        """`[T + 1, B, ...]` every sample of the finished run (with `keep`)."""
+        assert self._kept is not None
+        assert self.done
+        return torch.stack([*self._kept, self.frontier])
+
+    @property
+    def asked(self) -> range:
+        """The points to evaluate next."""
+        last = self.lo + len(self._samples) - 1
+        return range(last, last + 1) if self._laying else range(self.lo, last)
+
+    @property
+    def inputs(self) -> Tensor:
+        """`[len(asked), B, ...]` what the model is to be given."""
+        return torch.stack([self.solver.scale(self._samples[point - self.lo], point) for point in self.asked])
+
+    def update(self, outputs: Tensor) -> None:
+        """Takes the model's answers `[len(asked), B, ...]` to `inputs`; accepts what has converged, moves the window.
+
+        Raises:
+            ValueError: As many answers as points were not given.
+        """
+        if len(outputs) != len(self.asked):
+            raise ValueError(f"{len(outputs)} answers came for {len(self.asked)} points")
+        self.rounds += 1
+        self.evaluations += len(self.asked)
+        if self._laying:
+            self._lay(outputs[0])
+        else:
+            self._sweep(outputs)
+
+    def narrow(self, size: int) -> None:
+        """Goes on with a window of `size` points; 1 is the sequential run."""
+        self._size = size
+        if not self._laying:
+            self._samples = self._samples[: size + 1]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Goes on in `dtype`: the loop around casts samples between steps, so every step of a sweep has to."""
+        self.solver.dtype = dtype
+        self._samples = [sample.to(dtype) for sample in self._samples]
+
+    def _reach(self, lo: int) -> int:
+        """The point that a window from `lo` ends before."""
+        return min(lo + self._size, next((cut for cut in self._cuts if cut > lo), self.points))
+
+    def _lay(self, output: Tensor) -> None:
+        """The answer at one point before the first sweep: the trajectory is laid on from there."""
+        point, sample = self.asked.start, self._samples[-1]
+        self._answered = (point, sample, output)
+        self._samples.append(self._ahead.step(output, sample))
+        if point == 0:
+            self.solver.step(output, sample)
+            self._drop(1)
+        self._laying = bool(self._to_lay)
+        self._extend_to(self._to_lay.pop(0) if self._to_lay else self._reach(self.lo))
+
+    def _sweep(self, outputs: Tensor) -> None:
+        """The answers at every point of the window: it is rebuilt, what has converged is accepted, the rest slides."""
+        points, old = self.asked, self.samples
+        rebuilt, change = self._rebuild(old, outputs)
+        if not self._converges(change):
+            self._predictor, self._anderson, self.fell_back = Frozen(), None, True
+            rebuilt, change = self._rebuild(old, outputs)
+        self.residuals.append(max(change))
+        accepted = self._accepted(change)
+        _roll(self.solver, old[0], points[:accepted], self._predictor.predict)  # so that the history at lo is theirs
+        if self._anderson is not None:
+            mixed = self._anderson.mix(self.lo + 1, old[1:], torch.stack(rebuilt))
+            rebuilt = [*rebuilt[:accepted], *mixed[accepted:].unbind()]
+        self._answered = (points[-1], old[-2], outputs[-1])
+        self._samples[1:] = rebuilt
+        self._drop(accepted)
+        if not self.done:
+            self._extend_to(self._reach(self.lo))
+
+    def _rebuild(self, old: Tensor, outputs: Tensor) -> tuple[list[Tensor], list[float]]:
+        """Samples after the window's start, from the answers, and how much each changed (the sweep's one host sync)."""
+        self._predictor.observe(self.lo, old[:-1], outputs)
+        self._ahead = self.solver.fork()
+        rebuilt = _roll(self._ahead, old[0], self.asked, self._predictor.predict)
+        points = slice(self.lo + 1, self.lo + len(old))
+        change = self.stopping.change(points, torch.stack(rebuilt), old[1:], self._levels)
+        slowest = change.amax(1)
+        return rebuilt, (slowest if self._agree is None else self._agree(slowest)).tolist()
+
+    def _accepted(self, change: list[float]) -> int:
+        """How many points of the window are final now; the point after a converged one has the answers it needs."""
+        tolerance = self.stopping.tolerance
+        if self.asked.stop == self.points and max(change) <= tolerance:
+            return len(change)
+        kept = (n for n, size in enumerate(change[:-1]) if size > _FREEZE * tolerance)
+        return next(kept, len(change) - 1) + 1
+
+    def _converges(self, change: list[float]) -> bool:
+        """Whether a rebuild can be trusted; plain Picard iteration always is."""
+        if isinstance(self._predictor, Frozen) and self._anderson is None:
+            return True
+        return max(change) < _DIVERGED * max(1.0, min(self.residuals, default=math.inf))
+
+    def _drop(self, accepted: int) -> None:
+        """Moves the window's start past accepted points."""
+        self.lo += accepted
+        if self._kept is not None:
+            self._kept += self._samples[:accepted]
+        self._samples = self._samples[accepted:]
+
+    def _extend_to(self, end: int) -> None:
+        """Lays samples up to the point `end` without asking the model."""
+        points = range(self.lo + len(self._samples) - 1, end)
+        if self._guess is not None:
+            self._samples += self._guess[points.start + 1 : points.stop + 1].unbind()
+        else:
+            self._samples += _roll(self._ahead, self._samples[-1], points, self._expect)
+
+    def _expect(self, point: int, sample: Tensor) -> Tensor:
+        """The answer to expect at a point that was never asked."""
+        assert self._answered is not None
+        anchor, anchor_sample, anchor_output = self._answered
+        if self._levels is None:
+            return anchor_output
+        return self._levels.extrapolate(sample, point, anchor, anchor_sample, anchor_output)
+
+
+def _roll(solver: Solver, sample: Tensor, points: range, answer: Answer) -> list[Tensor]:
+    """The samples after each of `points`, one `solver.step` each."""
+    samples = []
+    for point in points:
+        sample = solver.step(answer(point, sample), sample)
+        samples.append(sample)
+    return samples
