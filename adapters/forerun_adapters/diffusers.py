@@ -25,6 +25,7 @@ __all__ = [
     "SchedulerMixin",
     "forward_signature",
     "hook_forward",
+    "is_hooked_last",
     "pipeline_arguments",
     "pipeline_denoisers",
     "running_pipeline",
@@ -86,36 +87,83 @@ class _AroundForward(ModelHook):  # type: ignore[misc]
 
     def __init__(self, around: Callable[..., Any]) -> None:
         super().__init__()
-        self._around = around
+        self.around: Callable[..., Any] | None = around
+        self.left: Callable[..., Any] | None = None  # the module's forward as `hook_forward` left it
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self._around(self.fn_ref.original_forward, *args, **kwargs)
+        forward = self.fn_ref.original_forward
+        return forward(*args, **kwargs) if self.around is None else self.around(forward, *args, **kwargs)
+
+
+class _AroundCompiled:
+    """The same for a module that `module.compile()` has compiled, which would take a hook's code into its graph."""
+
+    def __init__(self, name: str, compiled: Callable[..., Any], around: Callable[..., Any]) -> None:
+        self.name = name
+        self.compiled = compiled
+        self._around = around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self.compiled, *args, **kwargs)
 
 
 def hook_forward(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
     """Puts `around(forward, *args, **kwargs)` before a module's forward, with diffusers' own hooks.
 
+    A module that is compiled in place has its compiled call wrapped instead.
+
     Raises:
         RuntimeError: A hook of that name is there already.
     """
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    if registry.get_hook(name) is not None:
+    if is_hooked_last(module, name) or _hook(module, name) is not None:
         raise RuntimeError(
             f"{type(module).__name__} is hooked by {name!r} already: detach the scheduler that did it first"
         )
-    registry.register_hook(_AroundForward(around), name)
+    compiled = vars(module).get("_compiled_call_impl")
+    if compiled is not None:
+        module._compiled_call_impl = _AroundCompiled(name, compiled, around)
+        return
+    hook = _AroundForward(around)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+    hook.left = vars(module)["forward"]
+
+
+def is_hooked_last(module: nn.Module, name: str) -> bool:
+    """Whether the hook of that name is there and nothing was put before it, or back in its place, since."""
+    compiled = vars(module).get("_compiled_call_impl")
+    if compiled is not None:
+        return isinstance(compiled, _AroundCompiled) and compiled.name == name
+    hook = _hook(module, name)
+    return hook is not None and vars(module).get("forward") is hook.left
 
 
 def unhook_forward(module: nn.Module, name: str) -> None:
-    """Takes `hook_forward` back; the module is as it was."""
-    registry = getattr(module, "_diffusers_hook", None)
-    if registry is None:
+    """Takes `hook_forward` back; the module is as it was.
+
+    What others (accelerate) put before the hook since stays; the hook then stays in their chain and does nothing.
+    """
+    compiled = vars(module).get("_compiled_call_impl")
+    if isinstance(compiled, _AroundCompiled) and compiled.name == name:
+        module._compiled_call_impl = compiled.compiled
+    hook = _hook(module, name)
+    if hook is None:
         return
-    registry.remove_hook(name, recurse=False)
+    registry: Any = module._diffusers_hook
+    if vars(module).get("forward") is hook.left:
+        registry.remove_hook(name, recurse=False)
+    else:
+        hook.around = None
+        index = registry._hook_order.index(name)
+        del registry.hooks[name], registry._hook_order[index], registry._fn_refs[index]
     if not registry.hooks:
-        del module._diffusers_hook
+        del _unwrapped(module)._diffusers_hook  # torch.compile's wrapper keeps it there
         if "forward" in vars(module) and _is_plain(module):
             del module.forward
+
+
+def _hook(module: nn.Module, name: str) -> _AroundForward | None:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(name)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -140,8 +188,9 @@ def pipeline_arguments(pipe: Any) -> dict[str, Any] | None:
     """
     for frame in _frames():
         if frame.f_locals.get("self") is pipe and frame.f_code.co_name == "__call__":
-            taken = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
-            return {name: value for name, value in frame.f_locals.items() if name in taken and name != "self"}
+            code = frame.f_code  # not the class's signature: a subclass may hand (*args, **kwargs) on
+            taken = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+            return {name: value for name, value in frame.f_locals.items() if name in taken}
     return None
 
 

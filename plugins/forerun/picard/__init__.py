@@ -1,8 +1,8 @@
 """Picard sampling: all points of a diffusion trajectory at once, iterated until they stop changing.
 
 A sequential sampler makes T dependent model calls. A *sweep* guesses the whole trajectory, evaluates the model at every
-point of a window in one batched call, and rebuilds the trajectory with the base sampler's own arithmetic. After k sweeps
-the first k points are final, so the limit, reached in at most T sweeps, is the sequential result itself.
+point of a window in one batched call, and rebuilds the trajectory with the base sampler's own arithmetic. After k
+sweeps the first k points are final, so the limit, reached in at most T sweeps, is the sequential result itself.
 
     solver.py     the base sampler as a black box (`Solver`), what a drop-in implements
     levels.py     noise levels of the points and what they say about the model before it is asked

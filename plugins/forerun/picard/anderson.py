@@ -1,4 +1,4 @@
-"""Triangular Anderson mixing: trajectories of earlier sweeps, combined so that each point uses only points before it."""
+"""Triangular Anderson mixing: earlier sweeps' trajectories, combined so that a point uses only points before it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Anderson:
         ridge = self._ridge * diagonal.mean(-1, keepdim=True) + torch.finfo(dtype).tiny
         weights, failed = torch.linalg.solve_ex(gram + torch.diag_embed(ridge.expand_as(diagonal)), target)
         mixed = rebuilt.to(dtype) - ((moves + turns) @ weights).reshape(residual.shape)
-        unusable = (failed != 0) | ~weights.flatten(2).isfinite().all(2)  # guard: such a point is left as rebuilt
+        # Guard: a point whose weights fail, or that they throw far off, is left as rebuilt.
+        unusable = (failed != 0) | ~(mixed.abs().flatten(2).amax(2) < 10 * rebuilt.abs().amax())
         unusable = unusable.reshape(*unusable.shape, *(1,) * (residual.ndim - 2))
         return torch.where(unusable, rebuilt.to(dtype), mixed).to(old.dtype)
 

@@ -32,8 +32,8 @@ class Cost:
 
     def warning(self, steps: int, rounds: int) -> str:
         return (
-            f"parallel sampling will be slower here: one sweep of {self.points} points takes {self.sweep:.3g} s and one "
-            f"step {self.single:.3g} s, so {rounds} sweeps take {rounds * self.sweep:.3g} s where {steps} steps take "
+            f"parallel sampling will be slower here: a sweep of {self.points} points takes {self.sweep:.3g} s and "
+            f"a step {self.single:.3g} s, so {rounds} sweeps take {rounds * self.sweep:.3g} s where {steps} steps take "
             f"{steps * self.single:.3g} s. Use a larger device or several, a smaller window, or auto=True, which steps "
             "aside by itself"
         )
@@ -44,7 +44,7 @@ def expected_rounds(steps: int, window: int) -> int:
 
     A window that slides needs its share of them again for every window.
     """
-    whole = min(steps, round(2.1 * steps**0.33))
+    whole: int = min(steps, round(2.1 * steps**0.33))
     return max(whole, round(whole * steps / (2 * window)))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,16 +31,18 @@ class Family:
         unbatched: Arguments whose tensors have no batch axis; they are passed on as they are.
         made_by_denoisers: Arguments that another denoiser of the same step computes (ControlNet's residuals): they come
             widened already and differ from sweep to sweep.
+        grouped: Arguments whose tensors have several rows, one after the other, for each of the samples' (frames).
     """
 
     unbatched: frozenset[str] = frozenset()
     made_by_denoisers: frozenset[str] = frozenset()
+    grouped: frozenset[str] = frozenset()
 
 
 class Sweep(Protocol):
     """What a denoiser needs to know of the sweep that is being asked; the scheduler implements it."""
 
-    points: range  # asked
+    points: tuple[int, ...]  # asked
     inputs: Tensor  # [W, B, ...] what the model is to be given
     frontier: Tensor  # [B, ...] what the pipeline gives the model: the last accepted sample, scaled
     frontier_timestep: Tensor  # [] the timestep that the pipeline believes it is at
@@ -61,14 +64,17 @@ class Denoiser:
     _run: _RunMemory = field(default_factory=lambda: _RunMemory())
 
     def begin_run(self) -> None:
-        """Forgets what the last run's calls looked like."""
-        self._run = _RunMemory()
+        """Forgets what the last run's calls looked like; the next call is a run's first, for one point."""
+        self._run = _RunMemory(first=True)
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         sweep = self.sweep()
-        if sweep is None:
+        if sweep is None and not self._run.first:
             return forward(*args, **kwargs)
         bound = self.signature.bind(*args, **kwargs)
+        _check_conditioning(self, bound, sweep)
+        if sweep is None:
+            return forward(*args, **kwargs)
         call = _Call(self, bound, sweep)
         call.check()
         points = list(range(len(sweep.points)))
@@ -100,11 +106,12 @@ def _measured(
 class _RunMemory:
     """What the first call of a run showed; later calls have to agree."""
 
+    first: bool = False  # a run has begun and has not swept yet: its calls are the pipeline's own
     clock: Callable[[Tensor], Tensor] | None = None
     checked: bool = False
     sweep: Sweep | None = None
-    call: int = 0
-    conditioning: dict[tuple[int, str, int], tuple[Tensor, int]] = field(default_factory=dict)
+    call: int = -1
+    conditioning: dict[tuple[int, str, int], tuple[Tensor, int | None]] = field(default_factory=dict)
 
 
 class _Call:
@@ -132,7 +139,7 @@ class _Call:
         self._axis = self._concatenated_axis()
 
     def check(self) -> None:
-        """Refuses a pipeline that feeds something else than the last accepted sample, or changes its conditioning."""
+        """Refuses a pipeline that feeds something else than the last accepted sample."""
         memory = self._denoiser._run
         if memory.clock is None:
             memory.clock = _clock(self._denoiser.name, self._time, self._sweep.frontier_timestep)
@@ -144,20 +151,8 @@ class _Call:
             rounding = 4 * torch.finfo(given.dtype).eps  # of a cast between the step and the model
             if not torch.allclose(given.float(), expected.float(), rtol=max(1e-3, rounding), atol=1e-5):
                 raise ValueError(
-                    f"{self._denoiser.name} was not called with the scheduler's last sample: the pipeline edits latents "
-                    "between steps, which parallel sampling cannot serve; run it with scheduler.detach()"
-                )
-        if memory.sweep is not self._sweep:
-            memory.sweep, memory.call = self._sweep, 0
-        else:
-            memory.call += 1  # guidance by two calls (Wan, FLUX's true guidance): each has a conditioning of its own
-        for name, index, tensor in self._conditioning():
-            known = memory.conditioning.setdefault((memory.call, name, index), (tensor, tensor._version))
-            same = known[0] is tensor and known[1] == tensor._version
-            if not same and not (known[0].shape == tensor.shape and torch.equal(known[0], tensor)):
-                raise ValueError(
-                    f"{self._denoiser.name}'s argument {name!r} changed between sweeps (by a callback?): a sweep "
-                    "evaluates all points with one conditioning; run it with scheduler.detach()"
+                    f"{self._denoiser.name} was not called with the scheduler's last sample: the pipeline edits "
+                    "latents between steps, which parallel sampling cannot serve; run it with scheduler.detach()"
                 )
 
     def parts(self, points: list[int], most: int | None) -> Iterator[inspect.BoundArguments]:
@@ -176,13 +171,11 @@ class _Call:
         return joined.flatten(0, 2)
 
     def _widened(self, points: list[int]) -> inspect.BoundArguments:
-        bound = inspect.BoundArguments(self._bound.signature, dict(self._bound.arguments))  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self._bound.signature, dict(self._bound.arguments))
         for name, value in self._bound.arguments.items():
             if name not in self._denoiser.family.unbatched:
-                repeat = self._select if name in self._denoiser.family.made_by_denoisers else self._repeat
-                bound.arguments[name] = pytree.tree_map_only(
-                    Tensor, lambda tensor, r=repeat, n=name: r(n, tensor, points), value
-                )
+                widen = self._select if name in self._denoiser.family.made_by_denoisers else self._repeat
+                bound.arguments[name] = pytree.tree_map_only(Tensor, partial(widen, name, points), value)
         bound.arguments[self._sample_name] = self._samples(points)
         bound.arguments[self._time_name] = self._times(points)
         return bound
@@ -195,7 +188,7 @@ class _Call:
         if self._axis is None:
             return rows
         others = self._sample.narrow(self._axis, self._channels(), self._sample.shape[self._axis] - self._channels())
-        return torch.cat([rows, self._repeat(self._sample_name, others, points)], self._axis)
+        return torch.cat([rows, self._repeat(self._sample_name, points, others)], self._axis)
 
     def _times(self, points: list[int]) -> Tensor:
         clock = self._denoiser._run.clock
@@ -204,31 +197,25 @@ class _Call:
         times = clock(self._sweep.timesteps[points].to(dtype)).to(self._sample.device)
         return times[None, :, None].expand(self._copies, len(points), self._each).flatten()
 
-    def _repeat(self, name: str, tensor: Tensor, points: list[int]) -> Tensor:
+    def _repeat(self, name: str, points: list[int], tensor: Tensor) -> Tensor:
         """Conditioning `[rows, ...]` for every point; what has no batch axis stays."""
         if tensor.ndim == 0 or tensor.shape[0] == 1 != self._rows:
             return tensor
-        if tensor.shape[0] != self._rows:
+        grouped = name in self._denoiser.family.grouped and tensor.shape[0] % self._rows == 0
+        if tensor.shape[0] != self._rows and not grouped:
             raise ValueError(
                 f"{self._denoiser.name}'s argument {name!r} has {tensor.shape[0]} rows where the samples have "
                 f"{self._rows}; if it has no batch axis, name it: from_pipe(pipe, unbatched=({name!r},))"
             )
-        by_copy = tensor.unflatten(0, (self._copies, 1, self._each))
+        by_copy: Tensor = tensor.unflatten(0, (self._copies, 1, -1))
         return by_copy.expand(self._copies, len(points), *by_copy.shape[2:]).flatten(0, 2)
 
-    def _select(self, name: str, tensor: Tensor, points: list[int]) -> Tensor:
+    def _select(self, name: str, points: list[int], tensor: Tensor) -> Tensor:
         """The points' part of what another denoiser computed for the whole window."""
         if tensor.shape[0] == self._copies * self._each:
-            return self._repeat(name, tensor, points)
-        return tensor.unflatten(0, (self._copies, -1, self._each))[:, points].flatten(0, 2)
-
-    def _conditioning(self) -> Iterator[tuple[str, int, Tensor]]:
-        skipped = {self._sample_name, self._time_name, *self._denoiser.family.made_by_denoisers}
-        for name, value in self._bound.arguments.items():
-            if name not in skipped:
-                for index, leaf in enumerate(pytree.tree_leaves(value)):
-                    if isinstance(leaf, Tensor):
-                        yield name, index, leaf
+            return self._repeat(name, points, tensor)
+        by_copy: Tensor = tensor.unflatten(0, (self._copies, -1, self._each))
+        return by_copy[:, points].flatten(0, 2)
 
     def _channels(self) -> int:
         assert self._axis is not None
@@ -245,6 +232,37 @@ class _Call:
                 "scheduler.detach()"
             )
         return longer[0] if longer else None
+
+
+def _check_conditioning(denoiser: Denoiser, bound: inspect.BoundArguments, sweep: Sweep | None) -> None:
+    """Refuses conditioning that is not that of the run's first call."""
+    memory = denoiser._run
+    if memory.sweep is not sweep:
+        memory.sweep, memory.call, memory.first = sweep, 0, False
+    else:
+        memory.call += 1  # guidance by two calls (Wan, FLUX's true guidance): each has a conditioning of its own
+    for name, index, tensor in _conditioning(denoiser, bound):
+        version = None if tensor.is_inference() else tensor._version
+        known, known_version = memory.conditioning.setdefault((memory.call, name, index), (tensor, version))
+        if known is tensor:
+            same = known_version == version
+        else:
+            same = known.shape == tensor.shape and torch.equal(known, tensor)
+        if not same:
+            raise ValueError(
+                f"{denoiser.name}'s argument {name!r} changed between sweeps (by a callback?): a sweep evaluates all "
+                "points with one conditioning; run it with scheduler.detach()"
+            )
+
+
+def _conditioning(denoiser: Denoiser, bound: inspect.BoundArguments) -> Iterator[tuple[str, int, Tensor]]:
+    names = list(denoiser.signature.parameters)
+    skipped = {names[0], _time_argument(denoiser.name, names), *denoiser.family.made_by_denoisers}
+    for name, value in bound.arguments.items():
+        if name not in skipped:
+            for index, leaf in enumerate(pytree.tree_leaves(value)):
+                if isinstance(leaf, Tensor):
+                    yield name, index, leaf
 
 
 def _time_argument(denoiser: str, names: list[str]) -> str:

@@ -75,6 +75,17 @@ class PicardScheduler:
     """
 
     _base_class: type[Any]
+    timesteps: Tensor
+
+    # What an instance holds until `_choose`: some base schedulers set timesteps while they are made.
+    _picard_options = Options()
+    _picard_memory = Memory()
+    _picard_run: Run | None = None
+    _picard_denoisers: tuple[Denoiser, ...] = ()
+    _picard_modules: tuple[weakref.ref[nn.Module], ...] = ()
+    _picard_ranks: PointRanks | None = None
+    _picard_pipe: Callable[[], Any] | None = None
+    _picard_warned = False
 
     @classmethod
     def from_pipe(
@@ -133,7 +144,7 @@ class PicardScheduler:
             name = base or str(config.get("_class_name", "")).removeprefix("Picard")
             if not name:
                 raise ValueError('the config names no scheduler class: give one, base="DDIMScheduler"')
-            return _class_for(name).from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[attr-defined]
+            return _class_for(name).from_config(config, return_unused_kwargs, **kwargs)
         chosen = {name: kwargs.pop(name) for name in Options.names() & kwargs.keys()}
         options = Options(**{**Options.from_config(config.get(_OPTIONS_KEY, {})).as_config(), **chosen})
         made = super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
@@ -155,9 +166,7 @@ class PicardScheduler:
         """Takes the hooks off and returns the base scheduler; assigns nothing: `pipe.scheduler = …detach()`."""
         for module in self._bound_modules():
             host.unhook_forward(module, _HOOK)
-        self._picard_denoisers: list[Denoiser] = []
-        self._picard_modules: list[weakref.ref[nn.Module]] = []
-        self._picard_run: Run | None = None
+        self._picard_denoisers, self._picard_modules, self._picard_run = (), (), None
         config = {name: value for name, value in self.config.items() if name != _OPTIONS_KEY}  # type: ignore[attr-defined]
         return self._base_class.from_config(config)
 
@@ -210,16 +219,10 @@ class PicardScheduler:
     def _choose(self, options: Options) -> None:
         self._picard_options = options
         self._picard_memory = Memory()
-        self._picard_run = None
-        self._picard_denoisers = []
-        self._picard_modules = []
-        self._picard_ranks: PointRanks | None = None
-        self._picard_pipe: Callable[[], Any] = _nothing
-        self._picard_warned = False
         self.register_to_config(**{_OPTIONS_KEY: options.as_config()})  # type: ignore[attr-defined]
 
     def _bind(
-        self, modules: list[nn.Module], families: list[Family], ranks: PointRanks | None, pipe: Callable[[], Any]
+        self, modules: list[nn.Module], families: list[Family], ranks: PointRanks | None, pipe: Callable[[], Any] | None
     ) -> None:
         self._picard_ranks = ranks
         self._picard_pipe = pipe
@@ -235,8 +238,8 @@ class PicardScheduler:
             )
             host.unhook_forward(module, _HOOK)  # of the scheduler that this one takes over from
             host.hook_forward(module, _HOOK, denoiser)
-            self._picard_denoisers.append(denoiser)
-            self._picard_modules.append(weakref.ref(module))
+            self._picard_denoisers = (*self._picard_denoisers, denoiser)
+            self._picard_modules = (*self._picard_modules, weakref.ref(module))
 
     def _bound_modules(self) -> Iterator[nn.Module]:
         for reference in self._picard_modules:
@@ -246,7 +249,10 @@ class PicardScheduler:
 
     def _turns(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The turns of one loop over (a part of) `timesteps`."""
-        for denoiser in self._picard_denoisers:
+        for module, denoiser in zip(self._bound_modules(), self._picard_denoisers, strict=True):
+            if not host.is_hooked_last(module, _HOOK):  # accelerate's offloading takes forwards back and wraps anew
+                host.unhook_forward(module, _HOOK)
+                host.hook_forward(module, _HOOK, denoiser)
             denoiser.begin_run()
         pipe = self._running_pipeline()
         setting = Setting(widened=bool(self._picard_denoisers), ranks=self._picard_ranks)
@@ -272,7 +278,7 @@ class PicardScheduler:
         return copy
 
     def _running_pipeline(self) -> Any | None:
-        pipe = self._picard_pipe()
+        pipe = None if self._picard_pipe is None else self._picard_pipe()
         return pipe if pipe is not None and host.pipeline_arguments(pipe) is not None else None
 
     def _refuse_conditional(self) -> None:
@@ -338,7 +344,7 @@ def parallel(
         raise TypeError(f"parallel takes a torch module, whose calls it can widen, and got a {type(model).__name__}")
     made = _parallel_scheduler(scheduler, options)
     ranks = PointRanks(group, timeout) if distributed or group is not None else None
-    made._bind([model], [Family(frozenset(unbatched))], ranks, _nothing)
+    made._bind([model], [Family(frozenset(unbatched))], ranks, None)
     return made
 
 
@@ -364,14 +370,22 @@ def _class_for(base_name: str) -> type[PicardScheduler]:
     made = type(f"Picard{base_name}", (PicardScheduler, base), {"_base_class": base, "__module__": __name__})
     # Pipelines look at signatures before they pass eta, generator, timesteps or sigmas.
     for name in ("set_timesteps", "step"):
-        method = getattr(PicardScheduler, name)
-        signed = functools.wraps(method)(functools.partialmethod(method))._make_unbound_method()  # type: ignore[attr-defined]
-        signed.__signature__ = inspect.signature(getattr(base, name))
-        setattr(made, name, signed)
+        setattr(made, name, _signed(getattr(PicardScheduler, name), like=getattr(base, name)))
     if not hasattr(base, "scale_model_input"):
         made.scale_model_input = property(_no_scaling)  # type: ignore[attr-defined]
     setattr(sys.modules[__name__], made.__name__, made)
     return made
+
+
+def _signed(method: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` under the signature of `like`."""
+
+    @functools.wraps(method)
+    def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    signed.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return signed
 
 
 def __getattr__(name: str) -> Any:
@@ -398,13 +412,9 @@ def _guidance(pipe: Callable[[], Any]) -> dict[str, Any]:
     }
 
 
-def _nothing() -> None:
-    return None
-
-
 def _no_scaling(scheduler: Any) -> Any:
     raise AttributeError(f"{type(scheduler).__name__!r} object has no attribute 'scale_model_input'")
 
 
 def _rebuilt(base_name: str, config: dict[str, Any]) -> Any:
-    return _class_for(base_name).from_config(config)  # type: ignore[attr-defined]
+    return _class_for(base_name).from_config(config)

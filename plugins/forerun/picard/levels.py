@@ -24,7 +24,7 @@ DATA_VARIANCE = 0.25
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Per point `[T]`, float64, CPU: `sample = alpha * clean + sigma * noise`, `clean = keep * sample + gain * output`."""
+    """Per point `[T]`: `sample = alpha * clean + sigma * noise`, `clean = keep * sample + gain * output`."""
 
     alpha: Tensor  # share of the clean image in the sample
     sigma: Tensor  # standard deviation of the noise in the sample

@@ -93,6 +93,7 @@ class Secant:
         evidence = _moving_sum(moved.square(), self._neighbours)
         prior_weight = self._prior_weight * evidence.flatten(2).mean(2)
         prior_weight = _column(prior_weight + torch.finfo(moved.dtype).tiny, moved.ndim)
+        assert self._samples is not None
         points = slice(self._lo, self._lo + len(moved))
         if self._levels is None:
             slope = slope / (evidence + prior_weight)
@@ -101,9 +102,11 @@ class Secant:
             slope = (slope + prior_weight * prior) / (evidence + prior_weight)
             lowest, highest = (self._along_window(bound[points], moved) for bound in self._levels.slope_bounds)
             slope = slope.clamp(lowest, highest)
-        length = moved.square().flatten(2).sum(2)
+        # A move of the size of rounding has no direction to learn from.
+        rounding = (10 * torch.finfo(moved.dtype).eps) ** 2 * self._samples.to(moved.dtype).square().flatten(2).sum(2)
+        length = moved.square().flatten(2).sum(2) + rounding + torch.finfo(moved.dtype).tiny
         self._slope = slope
-        self._direction = moved / _column(length + 1e-4 * length.mean() + torch.finfo(moved.dtype).tiny, moved.ndim)
+        self._direction = moved / _column(length, moved.ndim)
         self._rest = answered - slope * moved
 
     @staticmethod

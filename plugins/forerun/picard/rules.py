@@ -8,7 +8,7 @@ points but one. Each such case is served by a rule of its own or refused by name
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,7 @@ _FAMILIES = {
     "UNet1DModel": Family(),
     "UNet2DModel": Family(),
     "UNet2DConditionModel": Family(made_by_denoisers=_CONTROLLED),
-    "UNetMotionModel": Family(made_by_denoisers=_CONTROLLED),
+    "UNetMotionModel": Family(made_by_denoisers=_CONTROLLED, grouped=frozenset({"encoder_hidden_states"})),
     "UNetSpatioTemporalConditionModel": Family(),
     "ControlNetModel": Family(),
     "MultiControlNetModel": Family(),
@@ -74,7 +74,7 @@ def family(name: str, unbatched: tuple[str, ...] | None) -> Family:
     known = _FAMILIES.get(name)
     if unbatched is not None:
         known = known or Family()
-        return Family(known.unbatched | set(unbatched), known.made_by_denoisers)
+        return replace(known, unbatched=known.unbatched | set(unbatched))
     if known is None:
         raise ValueError(
             f"{name} is not a denoiser that forerun knows ({', '.join(sorted(_FAMILIES))}); if all its tensor "
@@ -86,7 +86,8 @@ def family(name: str, unbatched: tuple[str, ...] | None) -> Family:
 def refuse_pipeline(pipe: Any) -> None:
     """Raises ValueError for a pipeline whose loop no rule can serve."""
     name = type(pipe).__name__
-    unet = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    parts = pipe.components  # a compiled one has no truth value
+    unet = parts.get("transformer") if parts.get("unet") is None else parts.get("unet")
     vae = getattr(pipe, "vae", None)
     if "Inpaint" in name and vae is not None and unet is not None:
         latent = vae.config.get("latent_channels", 4)

@@ -47,7 +47,7 @@ class Memory:
 class _Sweep:
     """The sweep that is being asked, as `forerun.picard.denoiser.Sweep` wants it."""
 
-    points: range
+    points: tuple[int, ...]
     inputs: Tensor
     frontier: Tensor
     frontier_timestep: Tensor
@@ -92,6 +92,7 @@ class Run:
         try:
             while self.active and self._turns < self.points:
                 self._turns += 1
+                self._check_guidance()
                 yield self._now()
         finally:
             if self.active and self._window is not None:
@@ -118,7 +119,7 @@ class Run:
                 inputs=window.inputs,
                 frontier=window.solver.scale(window.frontier, lo),
                 frontier_timestep=self._timesteps[lo],
-                timesteps=self._timesteps[points.start : points.stop],
+                timesteps=self._timesteps[list(points)],
                 mirrored=self._setting.mirrored,
                 measure=self._measure if self._wants_cost(window) else None,
             )
@@ -147,11 +148,11 @@ class Run:
         if window.done:
             self._finish("exact" if self._options.tolerance == 0 else "converged")
         if window.done or self._setting.widened:
-            self._returned = window.frontier
+            returned = window.frontier.clone()  # a callback may write into it
         else:
-            asked = window.asked
-            self._returned = window.samples[asked.start - window.lo : asked.stop - window.lo].flatten(0, 1)
-        return _with_sample(window.solver.result, self._returned)  # type: ignore[attr-defined]
+            returned = window.samples[[point - window.lo for point in window.asked]].flatten(0, 1)
+        self._returned, self._version = returned, _version(returned)
+        return _with_sample(window.solver.result, returned)  # type: ignore[attr-defined]
 
     def _now(self) -> Tensor:
         window = self._window
@@ -159,7 +160,7 @@ class Run:
             return self._timesteps[min(self._turns, self.points) - 1]
         if self._setting.widened:
             return self._timesteps[window.lo]
-        return self._timesteps[window.asked.start : window.asked.stop].repeat_interleave(len(window.frontier))
+        return self._timesteps[list(window.asked)].repeat_interleave(len(window.frontier))
 
     def _begin(self, output: Tensor, sample: Tensor, arguments: Mapping[str, Any]) -> None:
         arguments = dict(arguments)
@@ -195,14 +196,20 @@ class Run:
     def _check_unchanged(self, sample: Tensor) -> None:
         """Raises ValueError if the loop did not hand back what the last step returned."""
         assert self._window is not None
-        if sample is not self._returned:
+        if sample is not self._returned or _version(sample) != self._version:
             if sample.dtype != self._returned.dtype:  # the pipeline casts between steps: so does every sweep from now
                 self._window.cast(sample.dtype)
-            if sample.shape != self._returned.shape or not torch.equal(sample, self._returned.to(sample.dtype)):
+            same = sample is not self._returned and sample.shape == self._returned.shape
+            if not same or not torch.equal(sample, self._returned.to(sample.dtype)):
                 raise ValueError(
                     "the latents were changed between steps (by the pipeline or a callback), which parallel sampling "
                     "cannot serve: a sweep has evaluated points that no longer exist; run it with scheduler.detach()"
                 )
+
+    def _check_guidance(self) -> None:
+        """Raises ValueError if a callback changed the pipeline's guidance."""
+        if self._window is None:
+            return
         guidance = dict(self._setting.guidance())
         if guidance != self._guidance:
             changed = sorted(name for name in guidance if guidance[name] != self._guidance.get(name))
@@ -222,7 +229,8 @@ class Run:
                 "not asked about the window. A pipeline's denoiser is bound by PicardScheduler.from_pipe(pipe), a bare "
                 "loop's by forerun.picard.diffusers.parallel(model, scheduler)"
             )
-        return output.unflatten(0, (halves, points, batch // halves)).transpose(0, 1).flatten(1, 2)
+        by_half: Tensor = output.unflatten(0, (halves, points, batch // halves))
+        return by_half.transpose(0, 1).flatten(1, 2)
 
     def _wants_cost(self, window: Window) -> bool:
         """Measured once for a shape, on a full window that the model has seen before (compiled and warm)."""
@@ -296,6 +304,11 @@ class Run:
             fell_back=window.fell_back,
             cost=None if cost is None else {"single": cost.single, "sweep": cost.sweep, "points": cost.points},
         )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Counts writes into a tensor; None where torch does not count them."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _with_sample(result: Any, sample: Tensor) -> Any:

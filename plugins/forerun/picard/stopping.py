@@ -21,7 +21,7 @@ class Stopping:
     """A point is converged when a sweep changes it by at most `tolerance`, in the chosen norm, for every sample.
 
     `norm="relative"`: root mean square of the change over that of the point. `norm="noise"`: over the standard
-    deviation of the scheduler's noise at that point (ParaDiGMS); a point without noise takes the smallest that is not 0.
+    deviation of the scheduler's noise at that point (ParaDiGMS); one without noise takes the smallest that is not 0.
 
     Source: arXiv 2305.16317, eq. 11 (`norm="noise"`).
     """

@@ -1,9 +1,8 @@
-"""The sweeps: which points to evaluate next, the rebuild from their answers, what is accepted, where the window goes."""
+"""The sweeps: which points to evaluate next, the rebuild from the answers, what is accepted, where the window goes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +18,8 @@ __all__ = ["Acceleration", "Window"]
 
 Acceleration = Literal["secant", "anderson", "none"]
 
-# A residual this many times the smallest one so far is a failed acceleration, not a converging trajectory.
+# A rebuild this many times as large as the trajectory before it is a failed acceleration. (Plain iteration may
+# overshoot too, and comes back: it is exact one point further with every sweep.)
 _DIVERGED = 100.0
 
 # A point that leaves the window early keeps its error, which grows on the way to the end: it is held to this share of
@@ -48,12 +48,13 @@ class Window:
         acceleration: "secant", "anderson" or "none" (plain Picard iteration).
         levels: Noise levels of the points, where known.
         coarse: Model calls, one after the other, that lay a first trajectory before the first sweep (ParaSolver and
-            Parareal start so). The first of them is the call at point 0 that every run begins with.
+            Parareal start so), each with the window's first point beside it. The first of them is the call at point 0
+            that every run begins with.
         guess: `[T + 1, B, ...]` an earlier trajectory to start from (warm start).
         alone: Ask for point 0 alone first; False needs a guess.
         cuts: Points at which a sweep has to end (the model changes there).
         keep: Keep every accepted sample, for `trajectory`.
-        agree: Makes one `[W]` change of the ranks' own, where several iterate the same window.
+        agree: Makes one of the ranks' own sizes `[W + 1]`, where several iterate the same window.
 
     Raises:
         ValueError: A size, count or shape that does not fit.
@@ -137,10 +138,12 @@ class Window:
         return torch.stack([*self._kept, self.frontier])
 
     @property
-    def asked(self) -> range:
-        """The points to evaluate next."""
+    def asked(self) -> tuple[int, ...]:
+        """The points to evaluate next; the first is always the window's own, whose answer makes the next one final."""
         last = self.lo + len(self._samples) - 1
-        return range(last, last + 1) if self._laying else range(self.lo, last)
+        if self._laying:
+            return (self.lo, last) if last > self.lo else (last,)
+        return tuple(range(self.lo, last))
 
     @property
     def inputs(self) -> Tensor:
@@ -158,7 +161,7 @@ class Window:
         self.rounds += 1
         self.evaluations += len(self.asked)
         if self._laying:
-            self._lay(outputs[0])
+            self._lay(outputs)
         else:
             self._sweep(outputs)
 
@@ -177,24 +180,22 @@ class Window:
         """The point that a window from `lo` ends before."""
         return min(lo + self._size, next((cut for cut in self._cuts if cut > lo), self.points))
 
-    def _lay(self, output: Tensor) -> None:
-        """The answer at one point before the first sweep: the trajectory is laid on from there."""
-        point, sample = self.asked.start, self._samples[-1]
-        self._answered = (point, sample, output)
-        self._samples.append(self._ahead.step(output, sample))
-        if point == 0:
-            self.solver.step(output, sample)
-            self._drop(1)
+    def _lay(self, outputs: Tensor) -> None:
+        """The answer at the trajectory's end, before the first sweep: it is laid on from there."""
+        self._answered = (self.asked[-1], self._samples[-1], outputs[-1])
+        self._samples.append(self._ahead.step(outputs[-1], self._samples[-1]))
+        self._samples[1] = self.solver.step(outputs[0], self._samples[0])
+        self._drop(1)
         self._laying = bool(self._to_lay)
         self._extend_to(self._to_lay.pop(0) if self._to_lay else self._reach(self.lo))
 
     def _sweep(self, outputs: Tensor) -> None:
         """The answers at every point of the window: it is rebuilt, what has converged is accepted, the rest slides."""
         points, old = self.asked, self.samples
-        rebuilt, change = self._rebuild(old, outputs)
-        if not self._converges(change):
-            self._predictor, self._anderson, self.fell_back = Frozen(), None, True
-            rebuilt, change = self._rebuild(old, outputs)
+        rebuilt, change, growth = self._rebuild(old, outputs)
+        if not growth < _DIVERGED and not isinstance(self._predictor, Frozen):
+            self._predictor, self.fell_back = Frozen(), True
+            rebuilt, change, _ = self._rebuild(old, outputs)
         self.residuals.append(max(change))
         accepted = self._accepted(change)
         _roll(self.solver, old[0], points[:accepted], self._predictor.predict)  # so that the history at lo is theirs
@@ -207,29 +208,26 @@ class Window:
         if not self.done:
             self._extend_to(self._reach(self.lo))
 
-    def _rebuild(self, old: Tensor, outputs: Tensor) -> tuple[list[Tensor], list[float]]:
-        """Samples after the window's start, from the answers, and how much each changed (the sweep's one host sync)."""
+    def _rebuild(self, old: Tensor, outputs: Tensor) -> tuple[list[Tensor], list[float], float]:
+        """Samples after the window's start, how much each changed and all have grown (the sweep's one host sync)."""
         self._predictor.observe(self.lo, old[:-1], outputs)
         self._ahead = self.solver.fork()
         rebuilt = _roll(self._ahead, old[0], self.asked, self._predictor.predict)
         points = slice(self.lo + 1, self.lo + len(old))
-        change = self.stopping.change(points, torch.stack(rebuilt), old[1:], self._levels)
-        slowest = change.amax(1)
-        return rebuilt, (slowest if self._agree is None else self._agree(slowest)).tolist()
+        new = torch.stack(rebuilt)
+        change = self.stopping.change(points, new, old[1:], self._levels).amax(1)
+        growth = new.abs().amax() / old.abs().amax()
+        sizes = torch.cat([change, growth.to(change.dtype)[None]])
+        *change_list, growth_value = (sizes if self._agree is None else self._agree(sizes)).tolist()
+        return rebuilt, change_list, growth_value
 
     def _accepted(self, change: list[float]) -> int:
         """How many points of the window are final now; the point after a converged one has the answers it needs."""
         tolerance = self.stopping.tolerance
-        if self.asked.stop == self.points and max(change) <= tolerance:
+        if self.asked[-1] + 1 == self.points and all(size <= tolerance for size in change):
             return len(change)
-        kept = (n for n, size in enumerate(change[:-1]) if size > _FREEZE * tolerance)
+        kept = (n for n, size in enumerate(change[:-1]) if not size <= _FREEZE * tolerance)  # not a number: kept
         return next(kept, len(change) - 1) + 1
-
-    def _converges(self, change: list[float]) -> bool:
-        """Whether a rebuild can be trusted; plain Picard iteration always is."""
-        if isinstance(self._predictor, Frozen) and self._anderson is None:
-            return True
-        return max(change) < _DIVERGED * max(1.0, min(self.residuals, default=math.inf))
 
     def _drop(self, accepted: int) -> None:
         """Moves the window's start past accepted points."""
@@ -255,7 +253,7 @@ class Window:
         return self._levels.extrapolate(sample, point, anchor, anchor_sample, anchor_output)
 
 
-def _roll(solver: Solver, sample: Tensor, points: range, answer: Answer) -> list[Tensor]:
+def _roll(solver: Solver, sample: Tensor, points: Iterable[int], answer: Answer) -> list[Tensor]:
     """The samples after each of `points`, one `solver.step` each."""
     samples = []
     for point in points:
