@@ -26,6 +26,7 @@ __all__ = [
     "forward_signature",
     "hook_forward",
     "is_hooked_last",
+    "load_scheduler_config",
     "pipeline_arguments",
     "pipeline_denoisers",
     "running_pipeline",
@@ -55,6 +56,12 @@ def scheduler_class(name: str) -> type[Any]:
 def scheduler_defaults(scheduler: type[Any]) -> frozenset[str]:
     """Names of the arguments that a scheduler class is made with."""
     return frozenset(inspect.signature(scheduler.__init__).parameters) - {"self"}
+
+
+def load_scheduler_config(path: Any, **kwargs: Any) -> dict[str, Any]:
+    """The config in a scheduler's folder or repository, whichever class wrote it."""
+    config: dict[str, Any] = diffusers.DDIMScheduler.load_config(path, **kwargs)  # SchedulerMixin alone has no reader
+    return config
 
 
 def pipeline_denoisers(pipe: Any) -> dict[str, nn.Module]:

@@ -7,7 +7,12 @@ import pickle
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 
 from forerun.picard.base_solver import noise_levels
 from forerun.picard.cost import Cost
@@ -36,6 +41,8 @@ def test_noise_levels_are_the_schedulers_own() -> None:
     assert torch.allclose(_levels(euler).sigma, euler.sigmas[:-1].double())
     flow = FlowMatchEulerDiscreteScheduler()
     assert torch.allclose(_levels(flow).alpha, 1 - flow.sigmas[:-1].double())
+    heun = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    assert torch.allclose(_levels(heun).sigma, heun.sigmas[:-1].double())
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

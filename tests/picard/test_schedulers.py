@@ -53,7 +53,10 @@ _CONFIGS: list[tuple[str, dict]] = [
         for to_one in (True, False)
         for clip in (True, False)
     ),
-    ("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}),
+    (
+        "DDIMScheduler",
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+    ),
     ("DDIMScheduler", {"thresholding": True}),
     ("DDPMScheduler", {"variance_type": "fixed_large", "clip_sample": False}),
     ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),

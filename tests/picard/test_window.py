@@ -41,7 +41,8 @@ def test_the_limit_is_the_sequential_result(z: float, steps: int, result: float)
 
 
 @pytest.mark.parametrize(
-    ("z", "steps", "sweeps"), [(-0.04, 50, {1e-3: 8, 1e-6: 12, 1e-10: 16}), (-0.005, 1000, {1e-3: 17, 1e-6: 22, 1e-10: 27})]
+    ("z", "steps", "sweeps"),
+    [(-0.04, 50, {1e-3: 8, 1e-6: 12, 1e-10: 16}), (-0.005, 1000, {1e-3: 17, 1e-6: 22, 1e-10: 27})],
 )
 def test_absolute_error_after_known_sweeps(z: float, steps: int, sweeps: dict[float, int]) -> None:
     exact = picard_iterate(z, steps, steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class SchedulerSolver:
         ).cpu()  # looking up a device's would wait for it
         if hasattr(scheduler, "is_scale_input_called"):
             self._scheduler.is_scale_input_called = True
+        if hasattr(scheduler, "get_lms_coefficient"):  # a numerical integral, the same in every sweep
+            self._scheduler.get_lms_coefficient = cache(self._scheduler.get_lms_coefficient)
         self._timesteps = timesteps.cpu()
         self._arguments = dict(arguments)
         self._draws = draws
@@ -93,7 +96,7 @@ class SchedulerSolver:
 
 
 def noise_levels(scheduler: BaseScheduler, timesteps: Tensor) -> NoiseLevels | None:
-    """`[T]` noise levels, read off the scheduler's own `add_noise` (`scale_noise` for flow matching).
+    """`[T]` noise levels, read off the scheduler's own `add_noise` (off its timesteps for flow matching).
 
     None where the scheduler's prediction type is not known.
     """
@@ -106,8 +109,8 @@ def noise_levels(scheduler: BaseScheduler, timesteps: Tensor) -> NoiseLevels | N
     one = torch.ones(len(timesteps), dtype=torch.float64)
     if hasattr(probe, "add_noise"):
         alpha, sigma = probe.add_noise(one, 0 * one, timesteps), probe.add_noise(0 * one, one, timesteps)
-    else:
-        sigma = probe.scale_noise(0 * one, timesteps, one)
+    else:  # flow matching: a timestep is its noise level
+        sigma = timesteps.double() / scheduler.config.num_train_timesteps
         alpha = 1 - sigma
     total = (alpha**2 + sigma**2).sqrt()  # 1 for variance-preserving schedules
     kind = scheduler.config.get("prediction_type", "flow_prediction")

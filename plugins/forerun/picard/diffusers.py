@@ -63,6 +63,9 @@ _OPTIONS_KEY = "_picard"  # in the config; diffusers keeps keys with an undersco
 _UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline")
 
 
+SchedulerMixin = host.SchedulerMixin  # diffusers looks for it beside a class that a saved pipeline names
+
+
 class PicardScheduler:
     """Samples in parallel over time behind an unmodified pipeline.
 
@@ -158,9 +161,13 @@ class PicardScheduler:
         """Reads what `save_pretrained` wrote, or a base scheduler's own folder; no denoiser is bound."""
         if not hasattr(cls, "_base_class"):
             loader = {key: value for key, value in kwargs.items() if key not in Options.names()}
-            name = base or host.SchedulerMixin.load_config(path, **loader).get("_class_name", "")
+            name = base or host.load_scheduler_config(path, **loader).get("_class_name", "")
             return _class_for(name.removeprefix("Picard")).from_pretrained(path, **kwargs)
         return super().from_pretrained(path, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _get_compatibles(cls) -> Any:
+        return cls._base_class._get_compatibles()
 
     def detach(self) -> Any:
         """Takes the hooks off and returns the base scheduler; assigns nothing: `pipe.scheduler = …detach()`."""

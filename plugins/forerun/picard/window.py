@@ -23,8 +23,8 @@ Acceleration = Literal["secant", "anderson", "none"]
 _DIVERGED = 100.0
 
 # A point that leaves the window early keeps its error, which grows on the way to the end: it is held to this share of
-# the tolerance. (Digits, T = 100: without it one sample in four ends beyond the tolerance.)
-_FREEZE = 0.3
+# the tolerance. (Digits, T = 100: without it a sample in ten ends up to four times beyond the tolerance.)
+_FREEZE = 0.35
 
 Answer = Callable[[int, Tensor], Tensor]  # (point, sample [B, ...]) -> the model's answer there, [B, ...]
 

@@ -1,0 +1,40 @@
+# Two commands on a fresh machine with Python 3.11 or later, make and a C++ compiler: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+SCHEME ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint types test test-oldest soak demo wheel clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Make the environments, each once; seconds when nothing changed
+	@$(PYTHON) tests/hosts/environments.py main sglang oldest
+
+lint: setup ## Check the code's form
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup ## Check the types
+	$(BIN)/mypy
+
+test: lint types ## Everything that CI runs: lint, types, all tests but the soak's
+	$(BIN)/pytest -m "not soak"
+	@$(MAKE) --no-print-directory test-oldest
+
+test-oldest: setup ## The tests of what the oldest supported releases serve
+	.venv-oldest/bin/pytest -m "not soak" tests/picard tests/adapters
+
+soak: setup ## The same tests at full counts, which takes long
+	$(BIN)/pytest -m soak --timeout 3600
+
+demo: setup ## Every drop-in beside its stock host: build/report/index.html (SCHEME=picard for one)
+	$(BIN)/forerun demo $(if $(SCHEME),--scheme $(SCHEME))
+
+wheel: setup ## Build dist/*.whl
+	$(BIN)/python -m hatchling build -t wheel
+
+clean: ## Remove what was built; the environments stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find adapters examples plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +

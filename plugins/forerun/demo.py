@@ -1,0 +1,46 @@
+"""`forerun demo`: runs each scheme's demonstration and puts their sections on one page.
+
+A scheme's demonstration runs a script of the repository's `examples` folder, which may import frameworks; this package
+may not. It therefore needs a checkout.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from forerun.report import Section, write_page
+
+__all__ = ["SCHEMES", "DemoError", "run"]
+
+SCHEMES = {"picard": "forerun.picard.demo:run"}
+
+
+class DemoError(Exception):
+    """A demonstration could not run; the message says why and what to do."""
+
+
+def run(schemes: Sequence[str], out: Path, progress: Callable[[str], None]) -> Path:
+    """Demonstrates the schemes one after the other; the path of the page.
+
+    Args:
+        schemes: Names from `SCHEMES`.
+        out: Folder of the page, `index.html`; made if need be.
+        progress: Is told each line of progress.
+
+    Raises:
+        DemoError: A scheme that does not exist, or a demonstration that could not run. No page is written.
+    """
+    unknown = [scheme for scheme in schemes if scheme not in SCHEMES]
+    if unknown:
+        raise DemoError(f"there is no scheme {unknown[0]!r}; there are {', '.join(SCHEMES)}")
+    sections: list[Section] = []
+    for scheme in schemes:
+        module, function = SCHEMES[scheme].split(":")
+        progress(f"{scheme}: starting")
+        try:
+            sections.append(getattr(importlib.import_module(module), function)(progress))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DemoError(f"{scheme}: {error}") from error
+    return write_page(out / "index.html", sections)

@@ -1,0 +1,120 @@
+"""Which frameworks are installed, what forerun can do for each, and what would have to be installed.
+
+Reads the metadata of installed distributions only: nothing is imported, no device is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from rich.table import Table
+
+import forerun
+from forerun_adapters._require import HOSTS, Host
+
+__all__ = ["DROP_INS", "Checkup", "DropIn", "HostCheck", "examine"]
+
+
+@dataclass(frozen=True)
+class DropIn:
+    """What a user imports, and where this release's tests and measurements have run it."""
+
+    path: str
+    host: str
+    needs: tuple[str, ...]  # distributions beside the host's own
+    cpu: bool  # run on a CPU
+    gpu: bool  # run on a GPU
+
+    @property
+    def ran_on(self) -> str:
+        return f"{'run' if self.cpu else 'not run'} on CPU, {'run' if self.gpu else 'not run'} on GPU"
+
+
+# `cpu` and `gpu` are held to the committed tests and results by tests/house/test_doctor.py.
+DROP_INS = (DropIn("forerun.picard.diffusers.PicardScheduler", "diffusers", needs=("torch",), cpu=True, gpu=False),)
+
+
+@dataclass(frozen=True)
+class HostCheck:
+    """What was found of one framework."""
+
+    host: str
+    distribution: str | None  # None if it is not installed
+    version: str | None
+    supported: str  # the range
+    ok: bool  # False if it is installed in a release outside of the range
+    drop_ins: tuple[DropIn, ...]  # what this release has for it
+    usable: tuple[str, ...]  # paths of those that can be imported now
+    remedy: str | None  # what makes the rest usable; None where there is nothing to gain
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """The whole of `forerun doctor`."""
+
+    forerun: str
+    python: str
+    hosts: tuple[HostCheck, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every framework that is installed is of a supported release."""
+        return all(host.ok for host in self.hosts)
+
+    def as_json(self) -> str:
+        return json.dumps({**asdict(self), "healthy": self.healthy}, indent=2)
+
+    def as_table(self) -> Table:
+        table = Table("framework", "installed", "supported", "drop-ins", "what to do", title=f"forerun {self.forerun}")
+        for host in self.hosts:
+            installed = f"{host.distribution} {host.version}" if host.distribution else "no"
+            drop_ins = [
+                f"{drop_in.path} ({'usable' if drop_in.path in host.usable else 'not usable'}; {drop_in.ran_on})"
+                for drop_in in host.drop_ins
+            ]
+            table.add_row(
+                host.host,
+                installed if host.ok else f"[red]{installed}: not supported[/red]",
+                host.supported,
+                "\n".join(drop_ins) or "no drop-in in this release",
+                # Brackets in a remedy are pip's, not rich's.
+                (host.remedy or "").replace("[", r"\["),
+            )
+        return table
+
+
+def examine() -> Checkup:
+    """Looks at this Python's installed distributions."""
+    return Checkup(
+        forerun.__version__, platform.python_version(), tuple(_examine(name, host) for name, host in HOSTS.items())
+    )
+
+
+def _examine(name: str, host: Host) -> HostCheck:
+    found = host.installed()
+    ok = found is None or host.supports(found[1])
+    drop_ins = tuple(drop_in for drop_in in DROP_INS if drop_in.host == name)
+    usable = tuple(
+        drop_in.path for drop_in in drop_ins if found is not None and ok and all(map(_installed, drop_in.needs))
+    )
+    return HostCheck(
+        host=name,
+        distribution=found[0] if found else None,
+        version=str(found[1]) if found else None,
+        supported=str(host.supported),
+        ok=ok,
+        drop_ins=drop_ins,
+        usable=usable,
+        remedy=host.remedy if not ok or len(usable) < len(drop_ins) else None,
+    )
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

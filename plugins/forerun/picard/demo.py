@@ -1,0 +1,88 @@
+"""Picard sampling beside stock diffusers: runs `examples/sample_digits.py` and shows what it wrote."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from forerun.report import Picture, Section, Table
+
+__all__ = ["run"]
+
+_SCRIPT = Path("examples") / "sample_digits.py"
+
+_TEXT = """\
+A UNet trained on scikit-learn's digits, sampled by diffusers' DDIMPipeline from the same seeds: as diffusers does it, \
+one step after the other, and with PicardScheduler as the pipeline's scheduler.
+
+Rounds are model calls that wait for one another: the time, on a device that runs a window of points as fast as one. \
+Evaluations are the points that the model was asked at. Seconds are of this machine's CPU, whose cores one batch keeps \
+busy already: there they follow the evaluations, not the rounds. The difference is to the sequential samples: L2, \
+relative, the largest of the batch."""
+
+
+def run(progress: Callable[[str], None]) -> Section:
+    """The room's section of the demo's page.
+
+    Args:
+        progress: Is told each line that the example prints.
+
+    Raises:
+        FileNotFoundError: The current folder is not a checkout of forerun.
+        RuntimeError: The example failed; the message ends with what it printed.
+    """
+    if not _SCRIPT.is_file():
+        raise FileNotFoundError(
+            f"there is no {_SCRIPT} in {Path.cwd()}: the demo needs a checkout of forerun, and runs from its root"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        _sample(Path(folder), progress)
+        return _section(Path(folder))
+
+
+def _sample(out: Path, progress: Callable[[str], None]) -> None:
+    command = [sys.executable, "-u", str(_SCRIPT), "--out", str(out)]
+    told: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            told.append(line.rstrip())
+            progress(told[-1])
+    if process.returncode:
+        last = "\n".join(told[-10:])
+        raise RuntimeError(f"{_SCRIPT} failed (exit {process.returncode}):\n{last}")
+
+
+def _section(out: Path) -> Section:
+    rows: list[dict[str, Any]] = json.loads((out / "digits.json").read_text())
+    table = Table(
+        f"{rows[0]['samples']} digits, the sequential result and two ways to it",
+        ("steps", "sampler", "rounds", "evaluations", "seconds", "difference"),
+        [
+            (
+                str(row["steps"]),
+                row["sampler"],
+                str(row["rounds"]),
+                str(row["evaluations"]),
+                f"{row['seconds']:.2f}",
+                "0" if row["difference"] == 0 else f"{row['difference']:.1e}",
+            )
+            for row in rows
+        ],
+    )
+    pictures: list[Picture] = []
+    for steps in sorted({row["steps"] for row in rows}):
+        samples, convergence = out / f"samples-{steps}.png", out / f"convergence-{steps}.png"
+        pictures += [
+            Picture(f"{steps} steps: the same seeds through each sampler.", samples.read_bytes()),
+            Picture(
+                f"{steps} steps: the largest change of a point, sweep by sweep; dashed, the tolerance.",
+                convergence.read_bytes(),
+            ),
+        ]
+    return Section("picard: parallel-in-time diffusion sampling", _TEXT, [table], pictures)

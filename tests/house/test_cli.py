@@ -1,0 +1,102 @@
+"""The `forerun` command: its version, its errors, its exit status."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import forerun
+from forerun import cli, demo, doctor
+from forerun.picard.report import Report
+from forerun.report import Section
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def report(tmp_path):
+    path = tmp_path / "report.json"
+    Report(
+        scheduler="DDIMScheduler",
+        points=50,
+        window=50,
+        tolerance=1e-3,
+        acceleration="none",
+        rounds=3,
+        evaluations=150,
+        seconds=1.0,
+        residuals=(1.0, 0.1, 1e-4),
+        stopped="converged",
+        fell_back=False,
+    ).save(path)
+    return path
+
+
+def assert_one_line_error(result, *told):
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    for text in told:
+        assert text in result.stderr
+
+
+def test_version_is_the_distributions(run, root):
+    result = run("--version")
+    assert (result.exit_code, result.stdout.strip()) == (0, forerun.__version__)
+    assert f'version = "{forerun.__version__}"' in (root / "pyproject.toml").read_text()
+
+
+def test_doctor_prints_json(run):
+    result = run("doctor", "--json")
+    assert {host["host"] for host in json.loads(result.stdout)["hosts"]} >= {"diffusers", "vllm"}
+
+
+def test_doctor_fails_for_an_unsupported_release(run, monkeypatch):
+    host = doctor.HostCheck("diffusers", "diffusers", "0.1", ">=0.33.1", False, (), (), "pip install")
+    monkeypatch.setattr(doctor, "examine", lambda: doctor.Checkup("0", "3", (host,)))
+    assert run("doctor").exit_code == 1
+    assert run("doctor", "--json").exit_code == 1
+
+
+def test_plot_draws_a_picture(run, report, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run("picard", "plot", report, report, "--out", tmp_path / "picture.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_refuses_a_file_that_is_not_there(run, tmp_path):
+    assert_one_line_error(run("picard", "plot", tmp_path / "none.json"), "none.json")
+
+
+@pytest.mark.parametrize("content", [b"{}", b"not json", b"\xff\xfe\x00"])
+def test_plot_refuses_a_file_that_is_no_report(run, tmp_path, content):
+    (tmp_path / "other.json").write_bytes(content)
+    result = run("picard", "plot", tmp_path / "other.json", "--out", tmp_path / "picture.png")
+    assert_one_line_error(result, "other.json", "not a report")
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_demo_refuses_an_unknown_scheme(run, tmp_path):
+    assert_one_line_error(run("demo", "--scheme", "euler", "--out", tmp_path / "report"), "'euler'", "picard")
+    assert not (tmp_path / "report").exists()
+
+
+def test_demo_needs_a_checkout(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line_error(run("demo"), "sample_digits.py", "checkout")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_writes_the_page_and_says_where(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("forerun.picard.demo.run", lambda progress: Section("picard", "shown"))
+    result = run("demo", "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "report" / "index.html") in result.stdout.replace("\n", "")
+    assert "shown" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_every_scheme_has_a_room(root):
+    assert all((root / "plugins" / "forerun" / scheme / "demo.py").is_file() for scheme in demo.SCHEMES)
