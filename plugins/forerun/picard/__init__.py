@@ -4,18 +4,22 @@ A sequential sampler makes T dependent model calls. A *sweep* guesses the whole 
 point of a window in one batched call, and rebuilds the trajectory with the base sampler's own arithmetic. After k
 sweeps the first k points are final, so the limit, reached in at most T sweeps, is the sequential result itself.
 
-    solver.py     the base sampler as a black box (`Solver`), what a drop-in implements
+    solver.py     the base sampler as a black box (`Solver`)
+    base_solver.py, draws.py, timesteps.py   a diffusers scheduler as one, its random draws, its loop
     levels.py     noise levels of the points and what they say about the model before it is asked
     predict.py    what the model would answer at a point that has moved: frozen (plain Picard) or by secants
     anderson.py   triangular Anderson mixing of whole trajectories
     stopping.py   when a point counts as converged
     window.py     the sweeps: which points to evaluate, rebuild, accept, slide
+    options.py    what a user chooses
+    run.py        one loop over timesteps, each turn a sweep, until the window is done
     ranks.py      a window's points over the ranks of a process group
     cost.py       whether a batch of points is cheaper than the calls it replaces
     report.py     what a run did
     denoiser.py   widens a model's call from one point to a window
+    loops.py      what a pipeline's loop computes from its counter or its timestep
     rules.py      pipelines and arguments that a sweep would get wrong, and what is done about each
-    diffusers.py  `PicardScheduler`, the drop-in
+    diffusers.py  `PicardScheduler`, the drop-in; commands.py and demo.py: `forerun picard …`, `forerun demo`
 
 Axes: T points of the trajectory (model calls of the sequential run), W points of the window, B batch, R ranks,
 G guidance copies that a pipeline stacks into one model call.

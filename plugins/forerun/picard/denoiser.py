@@ -79,7 +79,7 @@ class Denoiser:
         call.check()
         points = list(range(len(sweep.points)))
         mine = points if self.ranks is None else self.ranks.share(points)
-        parts = list(call.parts(mine, self.max_points))
+        parts = call.parts(mine, self.max_points)
         if sweep.measure is None:
             outputs = [forward(*part.args, **part.kwargs) for part in parts]
         else:
@@ -90,7 +90,7 @@ class Denoiser:
 
 
 def _measured(
-    forward: Callable[..., Any], single: inspect.BoundArguments, parts: list[inspect.BoundArguments], sweep: Sweep
+    forward: Callable[..., Any], single: inspect.BoundArguments, parts: Iterator[inspect.BoundArguments], sweep: Sweep
 ) -> list[Any]:
     """The parts' outputs; tells the sweep what they and a call for a single point cost."""
     device = sweep.inputs.device

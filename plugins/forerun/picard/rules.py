@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from forerun.picard.denoiser import Family
+from forerun.picard.loops import computed_from_the_step
 
 __all__ = ["cuts", "family", "is_mirrored", "refuse_arguments", "refuse_pipeline"]
 
@@ -101,6 +102,12 @@ def refuse_pipeline(pipe: Any) -> None:
         raise ValueError(
             f"{name} with expand_timesteps edits latents and timesteps between steps, which parallel sampling cannot "
             "serve; use the sequential scheduler"
+        )
+    computed = computed_from_the_step(type(pipe))
+    if computed:
+        raise ValueError(
+            f"{name}'s loop computes from its own step: {'; '.join(computed)}. A sweep is not a step, so the "
+            "result would be wrong; use the sequential scheduler"
         )
 
 
