@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with Python 3.11 or later, make and a C++ compiler: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+SHELL := bash
 SCHEME ?=
 
 .DEFAULT_GOAL := help
@@ -26,8 +27,9 @@ test: lint types ## Everything that CI runs: lint, types, all tests but the soak
 test-oldest: setup ## The tests of what the oldest supported releases serve
 	.venv-oldest/bin/pytest -m "not soak" tests/picard tests/adapters
 
-soak: setup ## The same tests at full counts, which takes long
-	$(BIN)/pytest -m soak --timeout 3600
+soak: setup ## The tests at full counts, which takes long: tests/results/soak.txt
+	@mkdir -p tests/results
+	set -o pipefail; $(BIN)/pytest -m soak --timeout 3600 --no-header -rA 2>&1 | tee tests/results/soak.txt
 
 demo: setup ## Every drop-in beside its stock host: build/report/index.html (SCHEME=picard for one)
 	$(BIN)/forerun demo $(if $(SCHEME),--scheme $(SCHEME))

@@ -64,12 +64,12 @@ def load_scheduler_config(path: Any, **kwargs: Any) -> dict[str, Any]:
     return config
 
 
-def pipeline_denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The modules that a pipeline's loop calls at every step, by component name."""
+def pipeline_denoisers(pipe: Any) -> list[nn.Module]:
+    """The modules that a pipeline's loop calls at every step."""
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise TypeError(f"from_pipe takes a diffusers pipeline, and got a {type(pipe).__name__}")
-    found = {name: getattr(pipe, name, None) for name in _DENOISERS}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    found = (getattr(pipe, name, None) for name in _DENOISERS)
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def forward_signature(module: nn.Module) -> inspect.Signature:

@@ -2,6 +2,7 @@
 
 Every base scheduler at T in {25, 50, 100, 250, 1000}; one sample a run. Writes `results/picard.json`
 (`picard-cuda.json` with `--device cuda`) and pictures beside it. Rows where parallel sampling loses are there too.
+Cells that are not named keep what an earlier run wrote.
 
     python examples/benchmarks/picard.py [--device cuda] [--steps 25,50] [--schedulers DDIMScheduler]
 """
@@ -243,6 +244,14 @@ def as_result(rows: list[Row], device: torch.device, command: str) -> dict[str, 
     }
 
 
+def measured_before(path: Path, cells: set[tuple[str, int]]) -> list[Row]:
+    """Rows of an earlier run that this one does not measure again."""
+    if not path.is_file():
+        return []
+    rows = [Row(**row) for row in json.loads(path.read_text())["measured"]]
+    return [row for row in rows if (row.scheduler, row.steps) not in cells]
+
+
 def draw(rows: list[Row], path: Path) -> None:
     """Rounds and seconds against T for DDIM, and the ratio to sequential for every scheduler."""
     from matplotlib.figure import Figure
@@ -313,9 +322,9 @@ def main() -> None:
     device = torch.device(options.device)
     unet = diffusers.UNet2DModel.from_pretrained(_MODEL).eval().to(device)
     cells = [(name, int(n)) for n in options.steps.split(",") for name in options.schedulers.split(",")]
-    rows: list[Row] = []
     name = "picard" if device.type == "cpu" else f"picard-{device.type}"
     options.out.mkdir(parents=True, exist_ok=True)
+    rows = measured_before(options.out / f"{name}.json", set(cells))
     with Progress() as progress:
         task = progress.add_task("cells", total=len(cells))
         for scheduler, steps in cells:

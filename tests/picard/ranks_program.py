@@ -1,6 +1,6 @@
 """What the process-group test starts on every rank: a real pipeline, its window split over the ranks.
 
-python ranks_program.py RANK SIZE STORE OUT [die RANK | other-noise]
+python ranks_program.py RANK SIZE STORE OUT [die RANK CALL | other-noise]
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def main() -> None:
     rows: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     pipe.scheduler = PicardScheduler.from_pipe(pipe, distributed=True, timeout=10, tolerance=1e-5, check_cost=False)
-    if deed == ["die", rank]:
-        pipe.unet.register_forward_pre_hook(lambda module, args: os._exit(9) if len(rows) == 4 else None)
+    if deed[:2] == ["die", rank]:
+        call = int(deed[2])
+        pipe.unet.register_forward_pre_hook(lambda module, args: os._exit(9) if len(rows) == call else None)
     images = sample(pipe, seed=3 + (int(rank) if deed == ["other-noise"] else 0))
     torch.save({"images": images, "rows": rows, "rounds": pipe.scheduler.report.rounds}, f"{out}.{rank}")
     dist.destroy_process_group()

@@ -18,7 +18,7 @@ _PROGRAM = Path(__file__).with_name("ranks_program.py")
 _SIZE = 2
 
 
-def _start(folder: Path, *deed: str) -> list[subprocess.Popen[str]]:
+def start(folder: Path, *deed: str) -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(
             [sys.executable, str(_PROGRAM), str(rank), str(_SIZE), str(folder / "store"), str(folder / "out"), *deed],
@@ -30,7 +30,7 @@ def _start(folder: Path, *deed: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-def _finish(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
+def finish(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
     deadline = time.monotonic() + seconds
     try:
         return [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[1] for process in processes]
@@ -41,8 +41,8 @@ def _finish(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]
 
 
 def test_two_ranks_give_the_one_rank_picture(tmp_path: Path) -> None:
-    processes = _start(tmp_path)
-    errors = _finish(processes, 120)
+    processes = start(tmp_path)
+    errors = finish(processes, 120)
     assert [process.returncode for process in processes] == [0, 0], errors
     pipe = pipeline()
     rows: list[int] = []
@@ -60,8 +60,8 @@ def test_two_ranks_give_the_one_rank_picture(tmp_path: Path) -> None:
 
 def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tmp_path: Path) -> None:
     started = time.monotonic()
-    processes = _start(tmp_path, "die", "1")
-    errors = _finish(processes, 60)
+    processes = start(tmp_path, "die", "1", "4")
+    errors = finish(processes, 60)
     assert processes[1].returncode == 9
     assert processes[0].returncode == 1
     assert "rank 0 of 2 lost another rank while exchanging" in errors[0]
@@ -69,8 +69,8 @@ def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tmp_path: Path) -> N
 
 
 def test_ranks_that_start_from_different_noise_are_told(tmp_path: Path) -> None:
-    processes = _start(tmp_path, "other-noise")
-    errors = _finish(processes, 60)
+    processes = start(tmp_path, "other-noise")
+    errors = finish(processes, 60)
     assert [process.returncode for process in processes] == [1, 1]
     assert all("the ranks of the group start from different noise" in error for error in errors)
 

@@ -67,6 +67,10 @@ class Denoiser:
         """Forgets what the last run's calls looked like; the next call is a run's first, for one point."""
         self._run = _RunMemory(first=True)
 
+    def end_run(self) -> None:
+        """Lets go of a run's conditioning and samples."""
+        self._run = _RunMemory()
+
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         sweep = self.sweep()
         if sweep is None and not self._run.first:

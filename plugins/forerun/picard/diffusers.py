@@ -20,14 +20,15 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from forerun.picard import rules
-from forerun.picard.denoiser import Denoiser, Family
+from forerun.picard.binding import Binding
+from forerun.picard.denoiser import Family
 from forerun.picard.options import Options
 from forerun.picard.ranks import PointRanks
 from forerun.picard.report import Report
@@ -58,7 +59,6 @@ SERVED = (
     "UniPCMultistepScheduler",
 )
 
-_HOOK = "forerun.picard"
 _OPTIONS_KEY = "_picard"  # in the config; diffusers keeps keys with an underscore to itself when classes are swapped
 _UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline")
 
@@ -84,10 +84,7 @@ class PicardScheduler:
     _picard_options = Options()
     _picard_memory = Memory()
     _picard_run: Run | None = None
-    _picard_denoisers: tuple[Denoiser, ...] = ()
-    _picard_modules: tuple[weakref.ref[nn.Module], ...] = ()
-    _picard_ranks: PointRanks | None = None
-    _picard_pipe: Callable[[], Any] | None = None
+    _picard_binding = Binding()
     _picard_warned = False
 
     @classmethod
@@ -121,9 +118,9 @@ class PicardScheduler:
         denoisers = host.pipeline_denoisers(pipe)
         rules.refuse_pipeline(pipe)
         scheduler = _parallel_scheduler(pipe.scheduler, options)
-        families = {name: rules.family(host.family_name(module), unbatched) for name, module in denoisers.items()}
+        families = [rules.family(host.family_name(module), unbatched) for module in denoisers]
         ranks = PointRanks(group, timeout) if distributed or group is not None else None
-        scheduler._bind(list(denoisers.values()), list(families.values()), ranks, weakref.ref(pipe))
+        scheduler._bind(zip(denoisers, families, strict=True), ranks, pipe)
         return scheduler
 
     @classmethod
@@ -171,9 +168,8 @@ class PicardScheduler:
 
     def detach(self) -> Any:
         """Takes the hooks off and returns the base scheduler; assigns nothing: `pipe.scheduler = …detach()`."""
-        for module in self._bound_modules():
-            host.unhook_forward(module, _HOOK)
-        self._picard_denoisers, self._picard_modules, self._picard_run = (), (), None
+        self._picard_binding.undo()
+        self._picard_run = None
         config = {name: value for name, value in self.config.items() if name != _OPTIONS_KEY}  # type: ignore[attr-defined]
         return self._base_class.from_config(config)
 
@@ -186,12 +182,10 @@ class PicardScheduler:
     def options(self) -> Options:
         return self._picard_options
 
-    # What diffusers calls -------------------------------------------------------------------------------------------
-
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
         self._picard_run = None
-        pipe = self._running_pipeline()
+        pipe = self._picard_binding.running_pipeline()
         if pipe is not None:
             rules.refuse_arguments(pipe, host.pipeline_arguments(pipe) or {})
         self.timesteps = SweepTimesteps.of(self.timesteps, self._turns)
@@ -208,7 +202,7 @@ class PicardScheduler:
         run = self._picard_run
         if run is None or not run.drives(given["timestep"]):
             return self._step_alone(*args, **kwargs)
-        if not self._picard_denoisers:
+        if not self._picard_binding:
             self._refuse_conditional()
         for name in ("self", "timestep", "old_pred_original_sample", "timestep_back"):
             given.pop(name, None)
@@ -221,60 +215,43 @@ class PicardScheduler:
         result = run.step(output, sample, given)
         return tuple(result.values()) if as_tuple and isinstance(result, Mapping) else result
 
-    # Inside ---------------------------------------------------------------------------------------------------------
-
     def _choose(self, options: Options) -> None:
         self._picard_options = options
         self._picard_memory = Memory()
         self.register_to_config(**{_OPTIONS_KEY: options.as_config()})  # type: ignore[attr-defined]
 
     def _bind(
-        self, modules: list[nn.Module], families: list[Family], ranks: PointRanks | None, pipe: Callable[[], Any] | None
+        self, modules: Iterable[tuple[nn.Module, Family]], ranks: PointRanks | None, pipe: Any | None = None
     ) -> None:
-        self._picard_ranks = ranks
-        self._picard_pipe = pipe
         owner = weakref.ref(self)
-        for module, family in zip(modules, families, strict=True):
-            denoiser = Denoiser(
-                name=host.family_name(module),
-                signature=host.forward_signature(module),
-                family=family,
-                sweep=lambda: None if (it := owner()) is None or it._picard_run is None else it._picard_run.sweep(),
-                max_points=self._picard_options.max_points_per_call,
-                ranks=ranks,
-            )
-            host.unhook_forward(module, _HOOK)  # of the scheduler that this one takes over from
-            host.hook_forward(module, _HOOK, denoiser)
-            self._picard_denoisers = (*self._picard_denoisers, denoiser)
-            self._picard_modules = (*self._picard_modules, weakref.ref(module))
-
-    def _bound_modules(self) -> Iterator[nn.Module]:
-        for reference in self._picard_modules:
-            module = reference()
-            if module is not None:
-                yield module
+        self._picard_binding = Binding(
+            modules,
+            sweep=lambda: None if (it := owner()) is None or it._picard_run is None else it._picard_run.sweep(),
+            max_points=self._picard_options.max_points_per_call,
+            ranks=ranks,
+            pipe=pipe,
+        )
 
     def _turns(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The turns of one loop over (a part of) `timesteps`."""
-        for module, denoiser in zip(self._bound_modules(), self._picard_denoisers, strict=True):
-            if not host.is_hooked_last(module, _HOOK):  # accelerate's offloading takes forwards back and wraps anew
-                host.unhook_forward(module, _HOOK)
-                host.hook_forward(module, _HOOK, denoiser)
-            denoiser.begin_run()
-        pipe = self._running_pipeline()
-        setting = Setting(widened=bool(self._picard_denoisers), ranks=self._picard_ranks)
+        binding = self._picard_binding
+        binding.begin_run()
+        setting = Setting(widened=bool(binding), ranks=binding.ranks)
+        pipe = binding.running_pipeline()
         if pipe is not None:
-            arguments = host.pipeline_arguments(pipe) or {}
             setting = Setting(
                 widened=setting.widened,
-                mirrored=rules.is_mirrored(pipe, arguments),
+                mirrored=rules.is_mirrored(pipe, host.pipeline_arguments(pipe) or {}),
                 cuts=rules.cuts(pipe, timesteps, self.config.num_train_timesteps),  # type: ignore[attr-defined]
                 ranks=setting.ranks,
                 guidance=functools.partial(_guidance, weakref.ref(pipe)),
             )
         run = Run(self._base_copy(), timesteps, self._picard_options, setting, self._picard_memory)
         self._picard_run = run
-        return run.turns()
+        try:
+            yield from run.turns()
+        finally:
+            binding.end_run()
 
     def _base_copy(self) -> Any:
         """A base scheduler in this one's state."""
@@ -283,10 +260,6 @@ class PicardScheduler:
         if isinstance(copy.__dict__.get("timesteps"), SweepTimesteps):
             copy.__dict__["timesteps"] = copy.__dict__["timesteps"].plain
         return copy
-
-    def _running_pipeline(self) -> Any | None:
-        pipe = None if self._picard_pipe is None else self._picard_pipe()
-        return pipe if pipe is not None and host.pipeline_arguments(pipe) is not None else None
 
     def _refuse_conditional(self) -> None:
         """A pipeline whose denoiser is not bound would be fed a window that its conditioning does not fit."""
@@ -351,7 +324,7 @@ def parallel(
         raise TypeError(f"parallel takes a torch module, whose calls it can widen, and got a {type(model).__name__}")
     made = _parallel_scheduler(scheduler, options)
     ranks = PointRanks(group, timeout) if distributed or group is not None else None
-    made._bind([model], [Family(frozenset(unbatched))], ranks, None)
+    made._bind([(model, Family(frozenset(unbatched)))], ranks)
     return made
 
 

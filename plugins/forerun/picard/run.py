@@ -98,6 +98,7 @@ class Run:
             if self.active and self._window is not None:
                 self._finish("interrupted")
             self.active = False
+            self._window = self._sweep = None  # the trajectory is let go with the loop
 
     def drives(self, timestep: Any) -> bool:
         """Whether the loop that calls `step(timestep=…)` is this run's own."""
