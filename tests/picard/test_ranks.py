@@ -16,6 +16,7 @@ from forerun.picard.ranks import PointRanks
 
 _PROGRAM = Path(__file__).with_name("ranks_program.py")
 _SIZE = 2
+_PATIENCE = 240  # seconds, most of them imports on a busy machine; one exchange waits for 10
 
 
 def start(folder: Path, *deed: str) -> list[subprocess.Popen[str]]:
@@ -31,6 +32,7 @@ def start(folder: Path, *deed: str) -> list[subprocess.Popen[str]]:
 
 
 def finish(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
+    """What each process printed as errors; none outlives the call."""
     deadline = time.monotonic() + seconds
     try:
         return [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[1] for process in processes]
@@ -38,11 +40,12 @@ def finish(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
         for process in processes:
             if process.poll() is None:
                 process.kill()
+                process.communicate()
 
 
 def test_two_ranks_give_the_one_rank_picture(tmp_path: Path) -> None:
     processes = start(tmp_path)
-    errors = finish(processes, 120)
+    errors = finish(processes, _PATIENCE)
     assert [process.returncode for process in processes] == [0, 0], errors
     pipe = pipeline()
     rows: list[int] = []
@@ -59,18 +62,16 @@ def test_two_ranks_give_the_one_rank_picture(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tmp_path: Path) -> None:
-    started = time.monotonic()
     processes = start(tmp_path, "die", "1", "4")
-    errors = finish(processes, 60)
+    errors = finish(processes, _PATIENCE)
     assert processes[1].returncode == 9
     assert processes[0].returncode == 1
     assert "rank 0 of 2 lost another rank while exchanging" in errors[0]
-    assert time.monotonic() - started < 60
 
 
 def test_ranks_that_start_from_different_noise_are_told(tmp_path: Path) -> None:
     processes = start(tmp_path, "other-noise")
-    errors = finish(processes, 60)
+    errors = finish(processes, _PATIENCE)
     assert [process.returncode for process in processes] == [1, 1]
     assert all("the ranks of the group start from different noise" in error for error in errors)
 
