@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequences import both, relative_difference
+from sequences import Net, both, loop, relative_difference
 
-from forerun.picard.diffusers import SERVED
+from forerun.picard.diffusers import SERVED, parallel
 
 pytestmark = [
     # torchsde (CosineDPMSolver's noise) warns of rounding at the ends of its interval.
@@ -151,10 +151,6 @@ def test_rounds_and_error_are_bounded(
 
 
 def test_a_slice_of_the_timesteps_is_a_run_of_its_own() -> None:
-    from sequences import Net
-
-    from forerun.picard.diffusers import parallel
-
     def tail(scheduler: object, model: Net) -> torch.Tensor:
         scheduler.set_timesteps(12)
         scheduler.set_begin_index(5)
@@ -172,10 +168,6 @@ def test_a_slice_of_the_timesteps_is_a_run_of_its_own() -> None:
 
 
 def test_a_loop_over_a_list_of_timesteps_runs_sequentially_and_says_so() -> None:
-    from sequences import Net
-
-    from forerun.picard.diffusers import parallel
-
     model, base = Net(), diffusers.DDIMScheduler()
     ours = parallel(model, base, check_cost=False)
     sample = start = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -189,3 +181,30 @@ def test_a_loop_over_a_list_of_timesteps_runs_sequentially_and_says_so() -> None
         for t in base.timesteps:
             expected = base.step(model(expected, t), t, expected).prev_sample
     assert torch.equal(sample, expected)
+
+
+def test_a_warm_start_repeats_a_run_in_two_rounds() -> None:
+    model, base = Net(), diffusers.DPMSolverMultistepScheduler()
+    ours = parallel(model, base, tolerance=1e-4, warm_start=True, check_cost=False)
+    first = loop(ours, model, 20, torch.float32)
+    again = loop(ours, model, 20, torch.float32)
+    assert again.calls == 2 < first.calls
+    assert relative_difference(again.sample, first.sample) <= 1e-3
+    assert loop(ours, model, 12, torch.float32).calls > 2  # another number of steps: the trajectory does not fit
+    ours.detach()
+
+
+def test_the_noise_norm_stops_as_paradigms_does() -> None:
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    loose = both(base, steps=30, tolerance=0.1, norm="noise")
+    tight = both(base, steps=30, tolerance=1e-3, norm="noise")
+    assert loose[1].calls < tight[1].calls < 30
+    assert relative_difference(tight[1].sample, tight[0].sample) < relative_difference(loose[1].sample, loose[0].sample)
+
+
+def test_a_finished_run_lets_go_of_its_trajectory() -> None:
+    model = Net()
+    ours = parallel(model, diffusers.DDIMScheduler(), check_cost=False)
+    loop(ours, model, 10, torch.float32)
+    assert ours._picard_run._window is None
+    ours.detach()
