@@ -45,7 +45,7 @@ class Outcome:
     report: Report | None  # None for the sequential run
 
 
-def compare(folder: Path, steps: int, samples: int = 16, tolerance: float = 1e-3) -> list[Outcome]:
+def compare(folder: Path, steps: int, samples: int = 8, tolerance: float = 1e-3) -> list[Outcome]:
     """Samples from the same seeds with the stock scheduler, then with each of `SAMPLERS`."""
     pipe = DDIMPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=ASSETS, help="pipeline folder (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 100])
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--out", type=Path, help="folder for digits.json and the pictures")
     options = parser.parse_args()
     if not (options.assets / "model_index.json").is_file():

@@ -105,7 +105,7 @@ class Run:
         if not self.active:
             return False
         if self._window is None:  # a loop that only looks at the timesteps has turned more than once by now
-            return self._turns == 1 and bool(torch.as_tensor(timestep).cpu() == self._timesteps[0].cpu())
+            return self._turns == 1 and float(torch.as_tensor(timestep).flatten()[0]) == float(self._timesteps[0])
         return True
 
     def sweep(self) -> _Sweep | None:
