@@ -68,7 +68,9 @@ class Checkup:
         return json.dumps({**asdict(self), "healthy": self.healthy}, indent=2)
 
     def as_table(self) -> Table:
-        table = Table("framework", "installed", "supported", "drop-ins", "what to do", title=f"forerun {self.forerun}")
+        table = Table(title=f"forerun {self.forerun}")
+        for heading in ("framework", "installed", "supported", "drop-ins", "what to do"):
+            table.add_column(heading, overflow="fold")  # a command that is cut off helps nobody
         for host in self.hosts:
             installed = f"{host.distribution} {host.version}" if host.distribution else "no"
             drop_ins = [
