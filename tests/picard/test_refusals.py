@@ -181,3 +181,7 @@ def test_arguments_of_from_pipe(stable_diffusion):
         with pytest.raises(ValueError, match=next(iter(option))):
             PicardScheduler.from_pipe(pipe, **option)
     assert not hasattr(pipe.unet, "_diffusers_hook")
+
+
+def test_more_than_one_video_a_batch():
+    assert_refused(made.stable_video(), "2 videos at once", num_videos_per_prompt=2)

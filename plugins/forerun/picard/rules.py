@@ -113,12 +113,27 @@ def refuse_pipeline(pipe: Any) -> None:
 
 def refuse_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
     """Raises ValueError for an argument of the running call that a sweep would get wrong."""
+    _refuse_many_videos(pipe, arguments)
     for rule in _RULES:
         if rule.argument in arguments and not rule.harmless(arguments[rule.argument]):
             raise ValueError(
                 f"{type(pipe).__name__} was called with {rule.argument}={arguments[rule.argument]!r}: {rule.because}, "
                 "and a sweep is not a step; leave it out, or run with scheduler.detach()"
             )
+
+
+def _refuse_many_videos(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Stable Video's guidance is a tensor with a row per video, which does not fit the rows of a window of several."""
+    if type(pipe).__name__ != "StableVideoDiffusionPipeline":
+        return
+    image = arguments.get("image")
+    images = len(image) if isinstance(image, (list, tuple, Tensor)) else 1
+    videos = images * (arguments.get("num_videos_per_prompt") or 1)
+    if videos > 1:
+        raise ValueError(
+            f"{type(pipe).__name__} was called for {videos} videos at once, and its guidance fits one a sweep; call "
+            "it once per video, or run with scheduler.detach()"
+        )
 
 
 def cuts(pipe: Any, timesteps: Tensor, train_timesteps: int) -> tuple[int, ...]:
