@@ -17,7 +17,7 @@ def algorithm_modules(root):
         f"forerun.{file.parent.name}.{file.stem}"
         for room in rooms(root)
         for file in sorted(room.glob("*.py"))
-        if file.stem not in (*FRAMEWORKS, "__init__")
+        if not file.stem.startswith((*FRAMEWORKS, "__init__"))  # a framework's files carry its name
     ]
 
 

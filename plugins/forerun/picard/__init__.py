@@ -16,7 +16,7 @@ sweeps the first k points are final, so the limit, reached in at most T sweeps, 
     ranks.py      a window's points over the ranks of a process group
     cost.py       whether a batch of points is cheaper than the calls it replaces
     report.py     what a run did
-    denoiser.py   widens a model's call from one point to a window; binding.py: a scheduler's hooks on denoisers
+    denoiser.py   widens a model's call from one point to a window; diffusers_hooks.py: one scheduler's hooks
     loops.py      what a pipeline's loop computes from its counter or its timestep
     rules.py      pipelines and arguments that a sweep would get wrong, and what is done about each
     diffusers.py  `PicardScheduler`, the drop-in; commands.py and demo.py: `forerun picard …`, `forerun demo`

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from forerun.picard import rules
-from forerun.picard.binding import Binding
 from forerun.picard.denoiser import Family
+from forerun.picard.diffusers_hooks import Binding
 from forerun.picard.options import Options
 from forerun.picard.ranks import PointRanks
 from forerun.picard.report import Report
