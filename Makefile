@@ -29,7 +29,7 @@ test-oldest: setup ## The tests of what the oldest supported releases serve
 
 soak: setup ## The tests at full counts, which takes long: tests/results/soak.txt
 	@mkdir -p tests/results
-	set -o pipefail; $(BIN)/pytest -m soak --timeout 3600 --no-header -rA 2>&1 | tee tests/results/soak.txt
+	set -o pipefail; $(BIN)/pytest -m soak --timeout 3600 --no-header -v --show-capture=no 2>&1 | tee tests/results/soak.txt
 
 demo: setup ## Every drop-in beside its stock host: build/report/index.html (SCHEME=picard for one)
 	$(BIN)/forerun demo $(if $(SCHEME),--scheme $(SCHEME))
