@@ -1,14 +1,10 @@
 """The hosts start in the environments that `make setup` makes."""
 
-import pytest
-
 SGLANG = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
 
 
 def python_of(environment):
-    # The folder's absence is the one reason to skip: a broken environment fails.
-    if not environment.is_dir():
-        pytest.skip(f"there is no {environment.name} here: make setup")
+    assert environment.is_dir(), f"there is no {environment.name} here: make setup"
     return environment / "bin" / "python"
 
 
