@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class SchedulerSolver:
         self._scaler = _copy(self._scheduler)
         self._origin = _scaling_origin(self._scaler, self._timesteps[0])
 
-    def fork(self) -> SchedulerSolver:
-        fork = object.__new__(SchedulerSolver)
+    def fork(self) -> Self:
+        fork = object.__new__(type(self))
         fork.__dict__.update(self.__dict__)
         fork._scheduler = _copy(self._scheduler)
         return fork

@@ -75,7 +75,7 @@ class Run:
         self._options = options
         self._setting = setting
         self._memory = memory
-        self._window: Window | None = None
+        self._window: Window[SchedulerSolver] | None = None
         self._sweep: _Sweep | None = None
         self._turns = 0
         self._started = time.perf_counter()
@@ -153,7 +153,7 @@ class Run:
         else:
             returned = window.samples[[point - window.lo for point in window.asked]].flatten(0, 1)
         self._returned, self._version = returned, _version(returned)
-        return _with_sample(window.solver.result, returned)  # type: ignore[attr-defined]
+        return _with_sample(window.solver.result, returned)
 
     def _now(self) -> Tensor:
         window = self._window
@@ -233,7 +233,7 @@ class Run:
         by_half: Tensor = output.unflatten(0, (halves, points, batch // halves))
         return by_half.transpose(0, 1).flatten(1, 2)
 
-    def _wants_cost(self, window: Window) -> bool:
+    def _wants_cost(self, window: Window[SchedulerSolver]) -> bool:
         """Measured once for a shape, on a full window that the model has seen before (compiled and warm)."""
         options = self._options
         full = len(window.asked) > 1 and window.rounds == self._options.coarse + 1

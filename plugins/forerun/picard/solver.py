@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Solver(Protocol):
 
     dtype: torch.dtype | None  # what samples are cast to after each step; None: as the solver leaves them
 
-    def fork(self) -> Solver:
+    def fork(self) -> Self:
         """An independent copy that stands at the same point."""
 
     def scale(self, sample: Tensor, point: int) -> Tensor:

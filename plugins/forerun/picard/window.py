@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ __all__ = ["Acceleration", "Window"]
 
 Acceleration = Literal["secant", "anderson", "none"]
 
+S = TypeVar("S", bound=Solver)
+
 # A rebuild this many times as large as the trajectory before it is a failed acceleration. (Plain iteration may
 # overshoot too, and comes back: it is exact one point further with every sweep.)
 _DIVERGED = 100.0
@@ -29,7 +31,7 @@ _FREEZE = 0.35
 Answer = Callable[[int, Tensor], Tensor]  # (point, sample [B, ...]) -> the model's answer there, [B, ...]
 
 
-class Window:
+class Window(Generic[S]):
     """A trajectory of T points that is iterated to the sequential result, at most W points at a time.
 
     Sequential equivalent, and the result at `tolerance=0`:
@@ -64,7 +66,7 @@ class Window:
 
     def __init__(
         self,
-        solver: Solver,
+        solver: S,
         start: Tensor,
         points: int,
         stopping: Stopping,
