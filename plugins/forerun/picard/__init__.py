@@ -11,6 +11,7 @@ sweeps the first k points are final, so the limit, reached in at most T sweeps, 
     anderson.py   triangular Anderson mixing of whole trajectories
     stopping.py   when a point counts as converged
     window.py     the sweeps: which points to evaluate, rebuild, accept, slide
+    opening.py    a run's first sweep, asked before the run has seen its batch
     options.py    what a user chooses
     run.py        one loop over timesteps, each turn a sweep, until the window is done
     ranks.py      a window's points over the ranks of a process group
@@ -21,8 +22,8 @@ sweeps the first k points are final, so the limit, reached in at most T sweeps, 
     rules.py      pipelines and arguments that a sweep would get wrong, and what is done about each
     diffusers.py  `PicardScheduler`, the drop-in; commands.py and demo.py: `forerun picard …`, `forerun demo`
 
-Axes: T points of the trajectory (model calls of the sequential run), W points of the window, B batch, R ranks,
-G guidance copies that a pipeline stacks into one model call.
+Axes: T points of the trajectory (model calls of the sequential run), W points of the window, B batch, R rows of a
+pipeline's own model call (the batch, stacked for guidance).
 
 Source: Parallel Sampling of Diffusion Models, arXiv 2305.16317; Picard Consistency Model for Fast Parallel Sampling of
 Diffusion Models, arXiv 2503.19731; Accelerating Parallel Sampling of Diffusion Models (ParaTAA), arXiv 2402.09970.

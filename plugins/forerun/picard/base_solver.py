@@ -13,7 +13,7 @@ from torch import Tensor
 from forerun.picard.draws import Draws
 from forerun.picard.levels import NoiseLevels
 
-__all__ = ["BaseScheduler", "SchedulerSolver", "noise_levels"]
+__all__ = ["BaseScheduler", "SchedulerSolver", "input_factors", "noise_levels"]
 
 BaseScheduler = Any  # any diffusers scheduler: its classes share no type that names `step`
 
@@ -128,6 +128,13 @@ def noise_levels(scheduler: BaseScheduler, timesteps: Tensor) -> NoiseLevels | N
     else:
         return None
     return NoiseLevels(alpha.double(), sigma.double(), keep.double(), gain.double())
+
+
+def input_factors(scheduler: BaseScheduler, timesteps: Tensor) -> Tensor:
+    """`[T]` what the scheduler multiplies a sample by before the model is given it."""
+    solver = SchedulerSolver(scheduler, timesteps, {}, Draws(None, torch.device("cpu")))
+    one = torch.ones(1, dtype=torch.float64)
+    return torch.cat([solver.scale(one, point) for point in range(len(timesteps))])
 
 
 def _copy(scheduler: BaseScheduler) -> BaseScheduler:

@@ -44,7 +44,7 @@ def expected_rounds(steps: int, window: int) -> int:
 
     A window that slides needs its share of them again for every window.
     """
-    whole: int = min(steps, round(5.5 * steps**0.12))
+    whole: int = min(steps, round(5 * steps**0.1))
     return max(whole, round(whole * steps / (2 * window)))
 
 

@@ -1,8 +1,9 @@
 """Widens a denoiser's call from the one point that the pipeline asks about to all points of a sweep.
 
-The pipeline calls its denoiser with the last accepted sample, stacked G times for guidance, and one timestep. The call
-is replaced by one on `[G, W, B]` rows: every point's own sample and timestep, the conditioning repeated. What comes
-back keeps that order, so that the pipeline's own guidance arithmetic (chunks of the first axis) works on the window.
+The pipeline calls its denoiser with the last accepted sample, stacked for guidance, and one timestep. The call is
+replaced by one on `[R, W]` rows: each of the pipeline's R rows at every point's own sample and timestep, its
+conditioning repeated. The pipeline's own guidance arithmetic takes the first axis apart into equal parts: however many
+they are, each keeps its rows.
 """
 
 from __future__ import annotations
@@ -42,13 +43,32 @@ class Family:
 class Sweep(Protocol):
     """What a denoiser needs to know of the sweep that is being asked; the scheduler implements it."""
 
-    points: tuple[int, ...]  # asked
-    inputs: Tensor  # [W, B, ...] what the model is to be given
-    frontier: Tensor  # [B, ...] what the pipeline gives the model: the last accepted sample, scaled
-    frontier_timestep: Tensor  # [] the timestep that the pipeline believes it is at
-    timesteps: Tensor  # [W] of the points
-    mirrored: bool  # each sample stands twice in the batch, in two halves
-    measure: Callable[[float, float], None] | None  # to be told the seconds of one point and of the whole call
+    @property
+    def points(self) -> tuple[int, ...]:
+        """W of them, asked."""
+
+    @property
+    def timesteps(self) -> Tensor:
+        """`[W]` of the points."""
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Of a sample, without its batch; None where that is not known yet."""
+
+    @property
+    def frontier(self) -> Tensor | None:
+        """`[B, ...]` what the pipeline gives the model: the last accepted sample, scaled; None: not known yet."""
+
+    @property
+    def frontier_timestep(self) -> Tensor:
+        """`[]` the timestep that the pipeline believes it is at."""
+
+    @property
+    def measure(self) -> Callable[[float, float], None] | None:
+        """To be told the seconds of one point and of the whole call."""
+
+    def spread(self, sample: Tensor, points: list[int]) -> Tensor:
+        """`[R, len(points), ...]` what the model is to be given, for the pipeline's `[R, ...]`."""
 
 
 @dataclass
@@ -76,33 +96,36 @@ class Denoiser:
         if sweep is None and not self._run.first:
             return forward(*args, **kwargs)
         bound = self.signature.bind(*args, **kwargs)
-        _check_conditioning(self, bound, sweep)
-        if sweep is None:
+        call = None if sweep is None else _Call(self, bound, sweep)
+        if call is not None and not call.check():
             return forward(*args, **kwargs)
-        call = _Call(self, bound, sweep)
-        call.check()
+        _check_conditioning(self, bound, sweep)
+        if sweep is None or call is None:
+            return forward(*args, **kwargs)
         points = list(range(len(sweep.points)))
         mine = points if self.ranks is None else self.ranks.share(points)
         parts = call.parts(mine, self.max_points)
         if sweep.measure is None:
             outputs = [forward(*part.args, **part.kwargs) for part in parts]
         else:
-            outputs = _measured(forward, next(call.parts(mine[:1], None)), parts, sweep)
+            outputs = _measured(forward, next(call.parts(mine[:1], None)), parts, sweep.measure, call.device)
         leaves, structure = zip(*(pytree.tree_flatten(output) for output in outputs), strict=True)
-        whole = [call.join(list(leaf)) for leaf in zip(*leaves, strict=True)]
+        whole = [call.join(list(leaf), len(mine)) for leaf in zip(*leaves, strict=True)]
         return pytree.tree_unflatten(whole, structure[0])
 
 
 def _measured(
-    forward: Callable[..., Any], single: inspect.BoundArguments, parts: Iterator[inspect.BoundArguments], sweep: Sweep
+    forward: Callable[..., Any],
+    single: inspect.BoundArguments,
+    parts: Iterator[inspect.BoundArguments],
+    measure: Callable[[float, float], None],
+    device: torch.device,
 ) -> list[Any]:
-    """The parts' outputs; tells the sweep what they and a call for a single point cost."""
-    device = sweep.inputs.device
+    """The parts' outputs; tells what they and a call for a single point cost."""
     forward(*single.args, **single.kwargs)  # not timed: a shape's first call may compile
     one = seconds(lambda: forward(*single.args, **single.kwargs), device)[1]
     outputs, whole = seconds(lambda: [forward(*part.args, **part.kwargs) for part in parts], device)
-    assert sweep.measure is not None
-    sweep.measure(one, whole)
+    measure(one, whole)
     return list(outputs)
 
 
@@ -130,49 +153,71 @@ class _Call:
         self._time_name = _time_argument(denoiser.name, names)
         self._sample: Tensor = bound.arguments[self._sample_name]
         self._time = bound.arguments[self._time_name]
-        batch = sweep.frontier.shape[0]
-        if self._sample.shape[0] % batch:
-            raise ValueError(
-                f"{denoiser.name} was called with {self._sample.shape[0]} rows for a batch of {batch}: "
-                "the pipeline changes the batch between steps; run it with scheduler.detach()"
-            )
         self._rows = self._sample.shape[0]
-        # Rows of the model's batch are [copies, W, each]; a mirrored batch is one copy more of half as many samples.
-        self._copies = self._rows // batch * (2 if sweep.mirrored else 1)
-        self._each = batch // (2 if sweep.mirrored else 1)
+        self._shape = self._sample.shape[1:] if sweep.shape is None else sweep.shape
         self._axis = self._concatenated_axis()
 
-    def check(self) -> None:
-        """Refuses a pipeline that feeds something else than the last accepted sample."""
-        memory = self._denoiser._run
+    @property
+    def device(self) -> torch.device:
+        return self._sample.device
+
+    def check(self) -> bool:
+        """Refuses a pipeline that feeds something else than the last accepted sample.
+
+        False for a call at the run's start that is not the run's own: it is not to be widened.
+        """
+        memory, sweep = self._denoiser._run, self._sweep
         if memory.clock is None:
-            memory.clock = _clock(self._denoiser.name, self._time, self._sweep.frontier_timestep)
-        if not memory.checked:
-            memory.checked = True
-            given = self._sample if self._axis is None else self._sample.narrow(self._axis, 0, self._channels())
-            expected = self._sweep.frontier.to(given.dtype)
-            expected = expected.repeat(self._rows // len(expected), *(1,) * (expected.ndim - 1))
-            rounding = 4 * torch.finfo(given.dtype).eps  # of a cast between the step and the model
-            if not torch.allclose(given.float(), expected.float(), rtol=max(1e-3, rounding), atol=1e-5):
+            clock = _clock(self._time, sweep.frontier_timestep)
+            if clock is None and sweep.frontier is None:
+                return False
+            if clock is None:
                 raise ValueError(
-                    f"{self._denoiser.name} was not called with the scheduler's last sample: the pipeline edits "
-                    "latents between steps, which parallel sampling cannot serve; run it with scheduler.detach()"
+                    f"{self._denoiser.name} was called with timestep "
+                    f"{torch.as_tensor(self._time).flatten()[:4].tolist()} where the scheduler's is "
+                    f"{float(sweep.frontier_timestep)}: the pipeline computes it in a way that parallel sampling does "
+                    "not know; run it with scheduler.detach()"
                 )
+            memory.clock = clock
+        if sweep.frontier is not None:
+            self._check_rows(len(sweep.frontier))
+            if not memory.checked:
+                memory.checked = True
+                self._check_sample(sweep.frontier)
+        return True
 
     def parts(self, points: list[int], most: int | None) -> Iterator[inspect.BoundArguments]:
         """The widened call, in parts of at most `most` points."""
         for start in range(0, len(points), most or len(points)):
             yield self._widened(points[start : start + (most or len(points))])
 
-    def join(self, outputs: list[Any]) -> Any:
-        """One output for all points from the parts' outputs (and the other ranks')."""
+    def join(self, outputs: list[Any], points: int) -> Any:
+        """One output for all points from the parts' outputs, for `points` points in all (and the other ranks')."""
         if not isinstance(outputs[0], Tensor):
             return outputs[0]
-        by_point = [output.unflatten(0, (self._copies, -1, self._each)) for output in outputs]
-        joined = torch.cat(by_point, 1)  # [copies, W, each, ...]
+        joined = torch.cat([output.unflatten(0, (self._rows, -1)) for output in outputs], 1)
+        joined = joined.unflatten(1, (points, -1))  # [R, W, rows of each, ...]
         if self._denoiser.ranks is not None:
             joined = self._denoiser.ranks.gather(joined.transpose(0, 1), len(self._sweep.points)).transpose(0, 1)
         return joined.flatten(0, 2)
+
+    def _check_rows(self, batch: int) -> None:
+        if self._rows % batch:
+            raise ValueError(
+                f"{self._denoiser.name} was called with {self._rows} rows for a batch of {batch}: "
+                "the pipeline changes the batch between steps; run it with scheduler.detach()"
+            )
+
+    def _check_sample(self, frontier: Tensor) -> None:
+        given = self._sample if self._axis is None else self._sample.narrow(self._axis, 0, self._channels())
+        expected = frontier.to(given.dtype)
+        expected = expected.repeat(self._rows // len(expected), *(1,) * (expected.ndim - 1))
+        rounding = 4 * torch.finfo(given.dtype).eps  # of a cast between the step and the model
+        if not torch.allclose(given.float(), expected.float(), rtol=max(1e-3, rounding), atol=1e-5):
+            raise ValueError(
+                f"{self._denoiser.name} was not called with the scheduler's last sample: the pipeline edits "
+                "latents between steps, which parallel sampling cannot serve; run it with scheduler.detach()"
+            )
 
     def _widened(self, points: list[int]) -> inspect.BoundArguments:
         bound = inspect.BoundArguments(self._bound.signature, dict(self._bound.arguments))
@@ -185,10 +230,8 @@ class _Call:
         return bound
 
     def _samples(self, points: list[int]) -> Tensor:
-        inputs = self._sweep.inputs[points].to(self._sample.dtype)  # [W, B, ...]
-        if self._sweep.mirrored:
-            inputs = inputs[:, : self._each]
-        rows = inputs[None].expand(self._copies, *inputs.shape).flatten(0, 2)
+        latents = self._sample if self._axis is None else self._sample.narrow(self._axis, 0, self._channels())
+        rows = self._sweep.spread(latents, points).to(self._sample.dtype).flatten(0, 1)
         if self._axis is None:
             return rows
         others = self._sample.narrow(self._axis, self._channels(), self._sample.shape[self._axis] - self._channels())
@@ -199,7 +242,7 @@ class _Call:
         assert clock is not None
         dtype = self._time.dtype if isinstance(self._time, Tensor) else self._sweep.timesteps.dtype
         times = clock(self._sweep.timesteps[points].to(dtype)).to(self._sample.device)
-        return times[None, :, None].expand(self._copies, len(points), self._each).flatten()
+        return times.repeat(self._rows)
 
     def _repeat(self, name: str, points: list[int], tensor: Tensor) -> Tensor:
         """Conditioning `[rows, ...]` for every point; what has no batch axis stays."""
@@ -211,23 +254,23 @@ class _Call:
                 f"{self._denoiser.name}'s argument {name!r} has {tensor.shape[0]} rows where the samples have "
                 f"{self._rows}; if it has no batch axis, name it: from_pipe(pipe, unbatched=({name!r},))"
             )
-        by_copy: Tensor = tensor.unflatten(0, (self._copies, 1, -1))
-        return by_copy.expand(self._copies, len(points), *by_copy.shape[2:]).flatten(0, 2)
+        by_row: Tensor = tensor.unflatten(0, (self._rows, 1, -1))
+        return by_row.expand(self._rows, len(points), *by_row.shape[2:]).flatten(0, 2)
 
     def _select(self, name: str, points: list[int], tensor: Tensor) -> Tensor:
         """The points' part of what another denoiser computed for the whole window."""
-        if tensor.shape[0] == self._copies * self._each:
+        if tensor.shape[0] == self._rows:
             return self._repeat(name, points, tensor)
-        by_copy: Tensor = tensor.unflatten(0, (self._copies, -1, self._each))
-        return by_copy[:, points].flatten(0, 2)
+        by_row: Tensor = tensor.unflatten(0, (self._rows, -1))
+        return by_row[:, points].flatten(0, 1)
 
     def _channels(self) -> int:
         assert self._axis is not None
-        return self._sweep.inputs.shape[self._axis + 1]
+        return self._shape[self._axis - 1]
 
     def _concatenated_axis(self) -> int | None:
         """The axis along which the pipeline appends conditioning to the sample; None if it does not."""
-        given, expected = self._sample.shape, self._sweep.inputs.shape[1:]
+        given, expected = self._sample.shape, torch.Size([self._rows, *self._shape])
         longer = [axis for axis in range(1, len(given)) if axis < len(expected) and given[axis] != expected[axis]]
         if len(given) != len(expected) or len(longer) > 1 or any(given[axis] < expected[axis] for axis in longer):
             raise ValueError(
@@ -276,8 +319,8 @@ def _time_argument(denoiser: str, names: list[str]) -> str:
     raise TypeError(f"{denoiser}.forward has no argument named timestep, timesteps or t; it has {', '.join(names)}")
 
 
-def _clock(denoiser: str, given: Any, timestep: Tensor) -> Callable[[Tensor], Tensor]:
-    """How the pipeline turns a scheduler's timestep into the model's, told from one of them."""
+def _clock(given: Any, timestep: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """How the pipeline turns a scheduler's timestep into the model's, told from one of them; None where it is not."""
     given = torch.as_tensor(given).cpu()
     clocks: tuple[Callable[[Tensor], Tensor], ...] = (
         lambda t: t,
@@ -288,8 +331,4 @@ def _clock(denoiser: str, given: Any, timestep: Tensor) -> Callable[[Tensor], Te
     for clock in clocks:
         if torch.equal(clock(timestep.to(given.dtype)).expand_as(given), given):
             return clock
-    raise ValueError(
-        f"{denoiser} was called with timestep {given.flatten()[:4].tolist()} where the scheduler's is "
-        f"{float(timestep)}: the pipeline computes it in a way that parallel sampling does not know; run it with "
-        "scheduler.detach()"
-    )
+    return None

@@ -21,6 +21,8 @@ __all__ = ["DATA_VARIANCE", "NoiseLevels"]
 # The square of EDM's standard deviation of images in [-1, 1] and of latents scaled for diffusion.
 DATA_VARIANCE = 0.25
 
+_TRACE = 0.02  # of a sample's variance
+
 
 @dataclass(frozen=True)
 class NoiseLevels:
@@ -51,6 +53,17 @@ class NoiseLevels:
         ignores = self._output_slope(torch.zeros_like(self.alpha))
         beyond = copies + 1.2 * (ignores - copies)
         return torch.minimum(beyond, copies), torch.maximum(beyond, copies)
+
+    @cached_property
+    def size(self) -> Tensor:
+        """`[T + 1]` root mean square of a sample at each point and at the end, for Gaussian data."""
+        end = torch.full_like(self.alpha[:1], DATA_VARIANCE)
+        return torch.cat([self.alpha**2 * DATA_VARIANCE + self.sigma**2, end]).sqrt()
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether the first sample is noise but for a trace, as it is not where an image is the start."""
+        return bool(self.alpha[0] ** 2 * DATA_VARIANCE <= _TRACE * self.size[0] ** 2)
 
     def _output_slope(self, denoiser_slope: Tensor) -> Tensor:
         slope = (denoiser_slope - self.keep) / self.gain

@@ -6,14 +6,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forerun.picard.base_solver import BaseScheduler, SchedulerSolver, noise_levels
+from forerun.picard.base_solver import BaseScheduler, SchedulerSolver, input_factors, noise_levels
 from forerun.picard.cost import Cost, expected_rounds
+from forerun.picard.denoiser import Sweep
 from forerun.picard.draws import Draws
+from forerun.picard.levels import NoiseLevels
+from forerun.picard.opening import Opening
 from forerun.picard.options import Options
 from forerun.picard.ranks import PointRanks
 from forerun.picard.report import Report
@@ -38,7 +42,7 @@ class Memory:
     """What one run leaves for the next."""
 
     rounds: dict[tuple[int, int], int] = field(default_factory=dict)  # rounds that (steps, window) took
-    cost: dict[tuple[int, ...], Cost] = field(default_factory=dict)  # by window and shape
+    cost: dict[tuple[int, int], Cost] = field(default_factory=dict)  # by window and batch
     trajectory: Tensor | None = None  # [T + 1, B, ...], kept for a warm start
     report: Report | None = None
 
@@ -48,12 +52,19 @@ class _Sweep:
     """The sweep that is being asked, as `forerun.picard.denoiser.Sweep` wants it."""
 
     points: tuple[int, ...]
-    inputs: Tensor
+    timesteps: Tensor
+    inputs: Tensor  # [W, B, ...]
     frontier: Tensor
     frontier_timestep: Tensor
-    timesteps: Tensor
-    mirrored: bool
     measure: Callable[[float, float], None] | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.inputs.shape[2:]
+
+    def spread(self, sample: Tensor, points: list[int]) -> Tensor:
+        rows = self.inputs[points].transpose(0, 1)
+        return rows.repeat(len(sample) // len(rows), *(1,) * (rows.ndim - 1))
 
 
 class Run:
@@ -76,7 +87,10 @@ class Run:
         self._setting = setting
         self._memory = memory
         self._window: Window[SchedulerSolver] | None = None
+        self._opening: Opening | None = None
         self._sweep: _Sweep | None = None
+        self._shape: torch.Size | None = None  # of a sample, once `scale` has seen one
+        self._size = min(options.window or self.points, self.points)
         self._turns = 0
         self._started = time.perf_counter()
         self._measured = [0.0, 0.0]
@@ -98,7 +112,7 @@ class Run:
             if self.active and self._window is not None:
                 self._finish("interrupted")
             self.active = False
-            self._window = self._sweep = None  # the trajectory is let go with the loop
+            self._window = self._opening = self._sweep = None  # the trajectory is let go with the loop
 
     def drives(self, timestep: Any) -> bool:
         """Whether the loop that calls `step(timestep=…)` is this run's own."""
@@ -108,32 +122,58 @@ class Run:
             return self._turns == 1 and float(torch.as_tensor(timestep).flatten()[0]) == float(self._timesteps[0])
         return True
 
-    def sweep(self) -> _Sweep | None:
+    def sweep(self) -> Sweep | None:
         """The sweep to ask the model about; None while the model is to be called as the pipeline calls it."""
-        window = self._window
-        if not self.active or window is None:
+        if not self.active:
             return None
+        if self._window is None:
+            self._opening = self._opening or self._open()
+            return self._opening
         if self._sweep is None:
-            points, lo = window.asked, window.lo
-            self._sweep = _Sweep(
-                points=points,
-                inputs=window.inputs,
-                frontier=window.solver.scale(window.frontier, lo),
-                frontier_timestep=self._timesteps[lo],
-                timesteps=self._timesteps[list(points)],
-                mirrored=self._setting.mirrored,
-                measure=self._measure if self._wants_cost(window) else None,
-            )
+            self._sweep = self._next(self._window)
         return self._sweep
+
+    def _next(self, window: Window[SchedulerSolver]) -> _Sweep:
+        points, lo = window.asked, window.lo
+        return _Sweep(
+            points=points,
+            timesteps=self._timesteps[list(points)],
+            inputs=window.inputs,
+            frontier=window.solver.scale(window.frontier, lo),
+            frontier_timestep=self._timesteps[lo],
+            measure=self._measure if self._wants_cost(window) else None,
+        )
+
+    def _open(self) -> Opening | None:
+        """The first sweep, where a run can begin with one; None where it begins with the first point alone."""
+        laid = self._options.coarse > 1 or (self._options.warm_start and self._memory.trajectory is not None)
+        if not self._setting.widened or self._turns > 1 or laid or self._known_slower():
+            return None
+        levels = self._levels
+        if levels is None or not levels.from_noise:
+            return None
+        points = tuple(range(min(self._size, *self._setting.cuts, self.points)))
+        factors = levels.size[:-1] * input_factors(self._base, self._timesteps)
+        return Opening(
+            points=points,
+            timesteps=self._timesteps[: len(points)],
+            factors=(factors / factors[0])[: len(points)],
+            shape=self._shape,
+        )
+
+    @cached_property
+    def _levels(self) -> NoiseLevels | None:
+        return noise_levels(self._base, self._timesteps)
 
     def scale(self, sample: Tensor, unscaled: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`scale_model_input` of the running loop."""
         window = self._window
         if window is None:
+            self._shape = sample.shape[1:]
             return unscaled(sample, self._timesteps[0])
         if self._setting.widened:
             return window.solver.scale(sample, window.lo)
-        return window.inputs.flatten(0, 1).to(sample.dtype)
+        return window.inputs.transpose(0, 1).flatten(0, 1).to(sample.dtype)
 
     def step(self, output: Tensor, sample: Tensor, arguments: Mapping[str, Any]) -> Any:
         """`step` of the running loop: takes the model's answers, returns what the base scheduler's step returns."""
@@ -141,7 +181,7 @@ class Run:
             self._begin(output, sample, arguments)
         else:
             self._check_unchanged(sample)
-            self._window.update(self._by_point(output))
+            self._window.update(self._by_point(output, len(self._window.asked)))
         self._sweep = None
         self._step_aside_if_slower()
         window = self._window
@@ -151,7 +191,7 @@ class Run:
         if window.done or self._setting.widened:
             returned = window.frontier.clone()  # a callback may write into it
         else:
-            returned = window.samples[[point - window.lo for point in window.asked]].flatten(0, 1)
+            returned = window.samples[[point - window.lo for point in window.asked]].transpose(0, 1).flatten(0, 1)
         self._returned, self._version = returned, _version(returned)
         return _with_sample(window.solver.result, returned)
 
@@ -161,7 +201,7 @@ class Run:
             return self._timesteps[min(self._turns, self.points) - 1]
         if self._setting.widened:
             return self._timesteps[window.lo]
-        return self._timesteps[list(window.asked)].repeat_interleave(len(window.frontier))
+        return self._timesteps[list(window.asked)].repeat(len(window.frontier))
 
     def _begin(self, output: Tensor, sample: Tensor, arguments: Mapping[str, Any]) -> None:
         arguments = dict(arguments)
@@ -177,22 +217,27 @@ class Run:
         if guess is not None and (guess.shape != (self.points + 1, *sample.shape) or guess.dtype != sample.dtype):
             guess = None
         self._guidance = dict(self._setting.guidance())
-        self._size = min(self._options.window or self.points, self.points)
+        opening = self._opening
+        opened = opening is not None and opening.opened == sample.shape[1:]
+        self._stepped_aside = self._known_slower(len(sample))
+        self._warm_after = 1 if opened else self._options.coarse + 1
         self._window = Window(
             solver,
             sample,
             self.points,
             self._options.stopping().for_dtype(sample.dtype),
-            size=1 if self._slower(len(sample)) else self._size,
+            size=1 if self._stepped_aside else self._size,
             acceleration=self._options.acceleration,
-            levels=noise_levels(self._base, self._timesteps),
+            levels=self._levels,
             coarse=self._options.coarse,
             guess=guess,
+            alone=not opened,
             cuts=self._setting.cuts,
             keep=self._options.warm_start,
             agree=None if ranks is None else ranks.slowest,
         )
-        self._window.update(output[None])
+        answers = self._by_point(output, len(opening.points) if opening is not None and opening.opened else 1)
+        self._window.update(answers if opened else answers[:1])
 
     def _check_unchanged(self, sample: Tensor) -> None:
         """Raises ValueError if the loop did not hand back what the last step returned."""
@@ -219,10 +264,9 @@ class Run:
                 "guidance; run it with scheduler.detach()"
             )
 
-    def _by_point(self, output: Tensor) -> Tensor:
-        """`[W, B, ...]` the model's answers, from the rows that the pipeline's guidance left."""
+    def _by_point(self, output: Tensor, points: int) -> Tensor:
+        """`[W, B, ...]` the model's answers, from the `[B, W]` rows that the pipeline's guidance left."""
         assert self._window is not None
-        points, halves = len(self._window.asked), 2 if self._setting.mirrored else 1
         batch = len(self._window.frontier)
         if len(output) != points * batch:
             raise ValueError(
@@ -230,29 +274,29 @@ class Run:
                 "not asked about the window. A pipeline's denoiser is bound by PicardScheduler.from_pipe(pipe), a bare "
                 "loop's by forerun.picard.diffusers.parallel(model, scheduler)"
             )
-        by_half: Tensor = output.unflatten(0, (halves, points, batch // halves))
-        return by_half.transpose(0, 1).flatten(1, 2)
+        by_sample: Tensor = output.unflatten(0, (batch, points))
+        return by_sample.transpose(0, 1)
 
     def _wants_cost(self, window: Window[SchedulerSolver]) -> bool:
         """Measured once for a shape, on a full window that the model has seen before (compiled and warm)."""
         options = self._options
-        full = len(window.asked) > 1 and window.rounds == self._options.coarse + 1
+        full = len(window.asked) > 1 and window.rounds == self._warm_after
         return (
             (options.check_cost or options.auto) and full and self._key(len(window.frontier)) not in self._memory.cost
         )
 
-    def _key(self, batch: int) -> tuple[int, ...]:
+    def _key(self, batch: int) -> tuple[int, int]:
         return (self._size, batch)
 
     def _measure(self, single: float, sweep: float) -> None:
         self._measured[0] += single
         self._measured[1] += sweep
 
-    def _slower(self, batch: int) -> bool:
-        """Whether an earlier run showed that stepping aside is the faster way (`auto=True`)."""
-        cost = self._memory.cost.get(self._key(batch)) if self._options.auto else None
-        self._stepped_aside = cost is not None and cost.speedup(self.points, self._expected()) < 1
-        return self._stepped_aside
+    def _known_slower(self, batch: int | None = None) -> bool:
+        """Whether a run before (of this batch, or of any) showed that stepping aside is faster, and it may (`auto`)."""
+        costs = self._memory.cost.items() if self._options.auto else ()
+        fitting = (cost for (size, rows), cost in costs if size == self._size and batch in (rows, None))
+        return any(cost.speedup(self.points, self._expected()) < 1 for cost in fitting)
 
     def _expected(self) -> int:
         known = self._memory.rounds.get((self.points, self._size))

@@ -53,7 +53,8 @@ class Window(Generic[S]):
             Parareal start so), each with the window's first point beside it. The first of them is the call at point 0
             that every run begins with.
         guess: `[T + 1, B, ...]` an earlier trajectory to start from (warm start).
-        alone: Ask for point 0 alone first; False needs a guess.
+        alone: Ask for point 0 alone first. False: for the whole window from the first round on, which starts from the
+            guess or, without one, from the trajectory that Gaussian data would have (`NoiseLevels.size`).
         cuts: Points at which a sweep has to end (the model changes there).
         keep: Keep every accepted sample, for `trajectory`.
         agree: Makes one of the ranks' own sizes `[W + 1]`, where several iterate the same window.
@@ -114,8 +115,13 @@ class Window(Generic[S]):
         self._to_lay = (
             [] if guess is not None else [round(index * reach / coarse) for index in range(1, min(coarse, reach))]
         )
-        self._laying = alone or guess is None
-        if not self._laying:
+        self._laying = alone
+        if not alone and guess is None:
+            if levels is None:
+                raise ValueError("a first sweep over the whole window needs a guess or noise levels to start from")
+            sizes = (levels.size / levels.size[0]).tolist()
+            self._samples += [start * sizes[point] for point in range(1, reach + 1)]
+        elif not alone:
             self._extend_to(reach)
 
     @property
