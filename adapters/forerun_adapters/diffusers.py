@@ -23,10 +23,12 @@ from diffusers.hooks import HookRegistry, ModelHook  # noqa: E402
 
 __all__ = [
     "SchedulerMixin",
+    "component_name",
     "forward_signature",
     "hook_forward",
     "is_hooked_last",
     "load_scheduler_config",
+    "model_name",
     "pipeline_arguments",
     "pipeline_denoisers",
     "running_pipeline",
@@ -72,6 +74,17 @@ def pipeline_denoisers(pipe: Any) -> list[nn.Module]:
     return [module for module in found if isinstance(module, nn.Module)]
 
 
+def component_name(pipe: Any, module: nn.Module) -> str:
+    """The pipeline's name of one of its models."""
+    return next(name for name in _DENOISERS if getattr(pipe, name, None) is module)
+
+
+def model_name(module: nn.Module) -> str:
+    """What a model was loaded from; its class where that is not known."""
+    config = getattr(_unwrapped(module), "config", {})
+    return str(getattr(config, "_name_or_path", "") or family_name(module))
+
+
 def forward_signature(module: nn.Module) -> inspect.Signature:
     """What a module's `forward` takes, without `self`; seen through `torch.compile`'s wrapper and other hooks."""
     signature = inspect.signature(type(_unwrapped(module)).forward)
@@ -108,10 +121,10 @@ class _AroundCompiled:
     def __init__(self, name: str, compiled: Callable[..., Any], around: Callable[..., Any]) -> None:
         self.name = name
         self.compiled = compiled
-        self._around = around
+        self.around = around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._around(self.compiled, *args, **kwargs)
+        return self.around(self.compiled, *args, **kwargs)
 
 
 def hook_forward(module: nn.Module, name: str, around: Callable[..., Any]) -> None:
@@ -144,17 +157,19 @@ def is_hooked_last(module: nn.Module, name: str) -> bool:
     return hook is not None and vars(module).get("forward") is hook.left
 
 
-def unhook_forward(module: nn.Module, name: str) -> None:
-    """Takes `hook_forward` back; the module is as it was.
+def unhook_forward(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """Takes `hook_forward` back and returns its `around`; the module is as it was.
 
     What others (accelerate) put before the hook since stays; the hook then stays in their chain and does nothing.
     """
     compiled = vars(module).get("_compiled_call_impl")
     if isinstance(compiled, _AroundCompiled) and compiled.name == name:
         module._compiled_call_impl = compiled.compiled
+        return compiled.around
     hook = _hook(module, name)
     if hook is None:
-        return
+        return None
+    around = hook.around
     registry: Any = module._diffusers_hook
     if vars(module).get("forward") is hook.left:
         registry.remove_hook(name, recurse=False)
@@ -166,6 +181,7 @@ def unhook_forward(module: nn.Module, name: str) -> None:
         del _unwrapped(module)._diffusers_hook  # torch.compile's wrapper keeps it there
         if "forward" in vars(module) and _is_plain(module):
             del module.forward
+    return around
 
 
 def _hook(module: nn.Module, name: str) -> _AroundForward | None:

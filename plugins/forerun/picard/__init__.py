@@ -12,6 +12,8 @@ sweeps the first k points are final, so the limit, reached in at most T sweeps, 
     stopping.py   when a point counts as converged
     window.py     the sweeps: which points to evaluate, rebuild, accept, slide
     opening.py    a run's first sweep, asked before the run has seen its batch
+    switch.py     model switching: which points a Picard Consistency Model answers, and with what weight
+    consistency.py, lora.py   such a model on disk, and on a base model, its scale each row's own
     options.py    what a user chooses
     run.py        one loop over timesteps, each turn a sweep, until the window is done
     ranks.py      a window's points over the ranks of a process group

@@ -9,7 +9,7 @@ they are, each keeps its rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from forerun.picard.cost import seconds
+from forerun.picard.lora import RowLora
 from forerun.picard.ranks import PointRanks
 
 __all__ = ["Denoiser", "Family", "Sweep"]
@@ -64,6 +65,10 @@ class Sweep(Protocol):
         """`[]` the timestep that the pipeline believes it is at."""
 
     @property
+    def weights(self) -> Sequence[float]:
+        """Of the Picard Consistency Model in each point's answer; none: the model's own everywhere."""
+
+    @property
     def measure(self) -> Callable[[float, float], None] | None:
         """To be told the seconds of one point and of the whole call."""
 
@@ -81,6 +86,7 @@ class Denoiser:
     sweep: Callable[[], Sweep | None]
     max_points: int | None = None
     ranks: PointRanks | None = None
+    lora: RowLora | None = None  # the Picard Consistency Model's
     _run: _RunMemory = field(default_factory=lambda: _RunMemory())
 
     def begin_run(self) -> None:
@@ -104,27 +110,34 @@ class Denoiser:
             return forward(*args, **kwargs)
         points = list(range(len(sweep.points)))
         mine = points if self.ranks is None else self.ranks.share(points)
-        parts = call.parts(mine, self.max_points)
+        parts = (partial(self._answer, forward, *part) for part in call.parts(mine, self.max_points))
         if sweep.measure is None:
-            outputs = [forward(*part.args, **part.kwargs) for part in parts]
+            outputs = [part() for part in parts]
         else:
-            outputs = _measured(forward, next(call.parts(mine[:1], None)), parts, sweep.measure, call.device)
+            single = partial(self._answer, forward, *next(call.parts(mine[:1], None)))
+            outputs = _measured(single, parts, sweep.measure, call.device)
         leaves, structure = zip(*(pytree.tree_flatten(output) for output in outputs), strict=True)
         whole = [call.join(list(leaf), len(mine)) for leaf in zip(*leaves, strict=True)]
         return pytree.tree_unflatten(whole, structure[0])
 
+    def _answer(self, forward: Callable[..., Any], bound: inspect.BoundArguments, weights: Tensor | None) -> Any:
+        """A widened call's output; `weights` are its rows' of the Picard Consistency Model."""
+        if weights is None or self.lora is None:
+            return forward(*bound.args, **bound.kwargs)
+        with self.lora.weighted(weights):
+            return forward(*bound.args, **bound.kwargs)
+
 
 def _measured(
-    forward: Callable[..., Any],
-    single: inspect.BoundArguments,
-    parts: Iterator[inspect.BoundArguments],
+    single: Callable[[], Any],
+    parts: Iterator[Callable[[], Any]],
     measure: Callable[[float, float], None],
     device: torch.device,
 ) -> list[Any]:
     """The parts' outputs; tells what they and a call for a single point cost."""
-    forward(*single.args, **single.kwargs)  # not timed: a shape's first call may compile
-    one = seconds(lambda: forward(*single.args, **single.kwargs), device)[1]
-    outputs, whole = seconds(lambda: [forward(*part.args, **part.kwargs) for part in parts], device)
+    single()  # not timed: a shape's first call may compile
+    one = seconds(single, device)[1]
+    outputs, whole = seconds(lambda: [part() for part in parts], device)
     measure(one, whole)
     return list(outputs)
 
@@ -186,10 +199,11 @@ class _Call:
                 self._check_sample(sweep.frontier)
         return True
 
-    def parts(self, points: list[int], most: int | None) -> Iterator[inspect.BoundArguments]:
-        """The widened call, in parts of at most `most` points."""
+    def parts(self, points: list[int], most: int | None) -> Iterator[tuple[inspect.BoundArguments, Tensor | None]]:
+        """The widened call, in parts of at most `most` points, each with its rows' weights (None: all are 0)."""
         for start in range(0, len(points), most or len(points)):
-            yield self._widened(points[start : start + (most or len(points))])
+            part = points[start : start + (most or len(points))]
+            yield self._widened(part), self._weights(part)
 
     def join(self, outputs: list[Any], points: int) -> Any:
         """One output for all points from the parts' outputs, for `points` points in all (and the other ranks')."""
@@ -236,6 +250,10 @@ class _Call:
             return rows
         others = self._sample.narrow(self._axis, self._channels(), self._sample.shape[self._axis] - self._channels())
         return torch.cat([rows, self._repeat(self._sample_name, points, others)], self._axis)
+
+    def _weights(self, points: list[int]) -> Tensor | None:
+        weights = [self._sweep.weights[point] for point in points] if self._sweep.weights else []
+        return torch.tensor(weights, device=self.device).repeat(self._rows) if any(weights) else None
 
     def _times(self, points: list[int]) -> Tensor:
         clock = self._denoiser._run.clock

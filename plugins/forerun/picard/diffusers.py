@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 import warnings
 import weakref
@@ -27,12 +28,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from forerun.picard import rules
+from forerun.picard.consistency import Consistency
 from forerun.picard.denoiser import Family
 from forerun.picard.diffusers_hooks import Binding
 from forerun.picard.options import Options
 from forerun.picard.ranks import PointRanks
 from forerun.picard.report import Report
 from forerun.picard.run import Memory, Run, Setting
+from forerun.picard.switch import Switch
 from forerun.picard.timesteps import SweepTimesteps
 from forerun_adapters import diffusers as host
 
@@ -85,6 +88,7 @@ class PicardScheduler:
     _picard_memory = Memory()
     _picard_run: Run | None = None
     _picard_binding = Binding()
+    _picard_switch: Switch | None = None
     _picard_warned = False
 
     @classmethod
@@ -96,6 +100,8 @@ class PicardScheduler:
         group: dist.ProcessGroup | None = None,
         distributed: bool = False,
         timeout: float = 60.0,
+        pcm: Consistency | str | os.PathLike[str] | None = None,
+        switch: Switch | str = "auto",
         **options: Any,
     ) -> PicardScheduler:
         """A scheduler like the pipeline's own that samples in parallel: `pipe.scheduler = …from_pipe(pipe)`.
@@ -108,8 +114,12 @@ class PicardScheduler:
             group: Splits every window over the ranks of this process group; all ranks run the same program.
             distributed: Splits over the default process group.
             timeout: Seconds that one exchange between ranks may take.
+            pcm: A Picard Consistency Model of the pipeline's denoiser, or the folder of one. The result stays the base
+                model's own, whatever it answers.
+            switch: Which points it answers: "auto" (where its training found it better than the base, and no longer
+                once a sweep was not helped), "hard" (all points at first), "linear" (fading), or a `Switch`.
             **options: See `forerun.picard.options.Options`: window, tolerance, norm, max_points_per_call, acceleration,
-                coarse, warm_start, check_cost, auto.
+                coarse, warm_start, check_cost, auto, exact, sweeps.
 
         Raises:
             TypeError: Not a diffusers pipeline, or an option that does not exist.
@@ -120,7 +130,7 @@ class PicardScheduler:
         scheduler = _parallel_scheduler(pipe.scheduler, options)
         families = [rules.family(host.family_name(module), unbatched) for module in denoisers]
         ranks = PointRanks(group, timeout) if distributed or group is not None else None
-        scheduler._bind(zip(denoisers, families, strict=True), ranks, pipe)
+        scheduler._bind(zip(denoisers, families, strict=True), ranks, pipe, _consistency(pcm, switch))
         return scheduler
 
     @classmethod
@@ -221,7 +231,11 @@ class PicardScheduler:
         self.register_to_config(**{_OPTIONS_KEY: options.as_config()})  # type: ignore[attr-defined]
 
     def _bind(
-        self, modules: Iterable[tuple[nn.Module, Family]], ranks: PointRanks | None, pipe: Any | None = None
+        self,
+        modules: Iterable[tuple[nn.Module, Family]],
+        ranks: PointRanks | None,
+        pipe: Any | None = None,
+        consistency: Consistency | None = None,
     ) -> None:
         owner = weakref.ref(self)
         self._picard_binding = Binding(
@@ -230,13 +244,30 @@ class PicardScheduler:
             max_points=self._picard_options.max_points_per_call,
             ranks=ranks,
             pipe=pipe,
+            consistency=consistency,
         )
+        if consistency is not None:
+            self._picard_switch = consistency.card.switch
+            self._warn_of_another_scheduler(consistency)
+
+    def _warn_of_another_scheduler(self, consistency: Consistency) -> None:
+        trained, config = consistency.card, dict(self.config)  # type: ignore[attr-defined]
+        differing = sorted(
+            name for name, value in trained.scheduler_config.items() if name in config and config[name] != value
+        )
+        if trained.scheduler != self._base_class.__name__ or differing:
+            warnings.warn(
+                f"the Picard Consistency Model was trained for {trained.scheduler}, and runs under "
+                f"{self._base_class.__name__} ({', '.join(differing) or 'the same settings'} differ): the result stays "
+                "the base model's, but it may take more rounds",
+                stacklevel=4,
+            )
 
     def _turns(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The turns of one loop over (a part of) `timesteps`."""
         binding = self._picard_binding
         binding.begin_run()
-        setting = Setting(widened=bool(binding), ranks=binding.ranks)
+        setting = Setting(widened=bool(binding), ranks=binding.ranks, switch=self._picard_switch)
         pipe = binding.running_pipeline()
         if pipe is not None:
             setting = Setting(
@@ -244,6 +275,7 @@ class PicardScheduler:
                 mirrored=rules.is_mirrored(pipe, host.pipeline_arguments(pipe) or {}),
                 cuts=rules.cuts(pipe, timesteps, self.config.num_train_timesteps),  # type: ignore[attr-defined]
                 ranks=setting.ranks,
+                switch=setting.switch,
                 guidance=functools.partial(_guidance, weakref.ref(pipe)),
             )
         run = Run(self._base_copy(), timesteps, self._picard_options, setting, self._picard_memory)
@@ -298,6 +330,8 @@ def parallel(
     group: dist.ProcessGroup | None = None,
     distributed: bool = False,
     timeout: float = 60.0,
+    pcm: Consistency | str | os.PathLike[str] | None = None,
+    switch: Switch | str = "auto",
     **options: Any,
 ) -> PicardScheduler:
     """A scheduler for a bare loop, with no pipeline, that samples in parallel.
@@ -314,6 +348,8 @@ def parallel(
         group: As in `PicardScheduler.from_pipe`.
         distributed: As in `PicardScheduler.from_pipe`.
         timeout: As in `PicardScheduler.from_pipe`.
+        pcm: As in `PicardScheduler.from_pipe`; of the model.
+        switch: As in `PicardScheduler.from_pipe`.
         **options: See `forerun.picard.options.Options`.
 
     Raises:
@@ -324,8 +360,21 @@ def parallel(
         raise TypeError(f"parallel takes a torch module, whose calls it can widen, and got a {type(model).__name__}")
     made = _parallel_scheduler(scheduler, options)
     ranks = PointRanks(group, timeout) if distributed or group is not None else None
-    made._bind([(model, Family(frozenset(unbatched)))], ranks)
+    made._bind([(model, Family(frozenset(unbatched)))], ranks, consistency=_consistency(pcm, switch))
     return made
+
+
+def _consistency(pcm: Consistency | str | os.PathLike[str] | None, switch: Switch | str) -> Consistency | None:
+    """The Picard Consistency Model to use, under the switch that was asked for."""
+    if pcm is None:
+        return None
+    found = pcm if isinstance(pcm, Consistency) else Consistency.load(pcm)
+    ages = (0.0,) * len(found.card.switch.from_signal)
+    switches = {"auto": found.card.switch, "hard": Switch(ages, watch=False), "linear": Switch(ages, True, watch=False)}
+    chosen = switches.get(switch, switch) if isinstance(switch, str) else switch
+    if not isinstance(chosen, Switch):
+        raise ValueError(f"switch is {switch!r}; give one of {', '.join(switches)}, or a Switch")
+    return found.with_switch(chosen)
 
 
 def _parallel_scheduler(scheduler: Any, options: dict[str, Any]) -> PicardScheduler:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from forerun.picard.consistency import Consistency
 from forerun.picard.denoiser import Denoiser, Family, Sweep
 from forerun.picard.ranks import PointRanks
 from forerun_adapters import diffusers as host
@@ -26,6 +27,10 @@ class Binding:
         max_points: Most points in one call.
         ranks: Over which a sweep's points are split.
         pipe: The pipeline they belong to; None for a bare loop.
+        consistency: The Picard Consistency Model of one of them: of the component that it names, or the only one.
+
+    Raises:
+        ValueError: The Picard Consistency Model is another model's; nothing is hooked then.
     """
 
     def __init__(
@@ -36,7 +41,10 @@ class Binding:
         max_points: int | None = None,
         ranks: PointRanks | None = None,
         pipe: Any = None,
+        consistency: Consistency | None = None,
     ) -> None:
+        modules = list(modules)
+        guided = None if consistency is None else _guided(consistency, [module for module, _ in modules], pipe)
         self.ranks = ranks
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._bound: list[tuple[weakref.ref[nn.Module], Denoiser]] = []
@@ -49,7 +57,9 @@ class Binding:
                 max_points=max_points,
                 ranks=ranks,
             )
-            host.unhook_forward(module, _HOOK)
+            _release(host.unhook_forward(module, _HOOK))
+            if consistency is not None and module is guided:
+                denoiser.lora = consistency.lora.on(module)
             host.hook_forward(module, _HOOK, denoiser)
             self._bound.append((weakref.ref(module), denoiser))
 
@@ -71,8 +81,9 @@ class Binding:
 
     def undo(self) -> None:
         """Takes the hooks off."""
-        for module, _ in self._modules():
+        for module, denoiser in self._modules():
             host.unhook_forward(module, _HOOK)
+            _release(denoiser)
         self._bound.clear()
 
     def running_pipeline(self) -> Any | None:
@@ -85,3 +96,22 @@ class Binding:
             module = reference()
             if module is not None:
                 yield module, denoiser
+
+
+def _guided(consistency: Consistency, modules: Sequence[nn.Module], pipe: Any) -> nn.Module:
+    """The denoiser that a Picard Consistency Model belongs to."""
+    names = {module: consistency.component if pipe is None else host.component_name(pipe, module) for module in modules}
+    found = next((module for module, name in names.items() if name == consistency.component), None)
+    if found is None:
+        raise ValueError(
+            f"this Picard Consistency Model changes a {consistency.component}, and the pipeline has "
+            f"{', '.join(names.values())}: it was trained for another pipeline"
+        )
+    consistency.check(found, host.model_name(found))
+    return found
+
+
+def _release(around: object) -> None:
+    """Takes a denoiser's own hooks off the layers inside."""
+    if isinstance(around, Denoiser) and around.lora is not None:
+        around.lora.remove()

@@ -57,8 +57,12 @@ class NoiseLevels:
     @cached_property
     def size(self) -> Tensor:
         """`[T + 1]` root mean square of a sample at each point and at the end, for Gaussian data."""
-        end = torch.full_like(self.alpha[:1], DATA_VARIANCE)
-        return torch.cat([self.alpha**2 * DATA_VARIANCE + self.sigma**2, end]).sqrt()
+        return self.size_of(DATA_VARIANCE)
+
+    def size_of(self, variance: float) -> Tensor:
+        """`[T + 1]` the same for data of another variance."""
+        end = torch.full_like(self.alpha[:1], variance)
+        return torch.cat([self.alpha**2 * variance + self.sigma**2, end]).sqrt()
 
     @property
     def from_noise(self) -> bool:

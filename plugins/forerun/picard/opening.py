@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ class Opening:
     points: tuple[int, ...]
     timesteps: Tensor  # [W]
     factors: Tensor  # [W] a point's model input over that of the first point, whose factor is 1
+    weights: Sequence[float]  # of the Picard Consistency Model, per point
     shape: torch.Size | None  # of a sample, if `scale_model_input` has shown it
     frontier: Tensor | None = None
     measure: Callable[[float, float], None] | None = None

@@ -25,6 +25,8 @@ class Options:
         warm_start: Start from the last run's trajectory where it fits (the same steps and shape).
         check_cost: Measure once how the model's batch scales, and warn when parallel sampling is slower here.
         auto: Step aside, instead of warning, when parallel sampling is slower here.
+        exact: False: end after `sweeps` rounds with whatever the trajectory is then. The result is approximate.
+        sweeps: How many rounds with `exact=False`.
 
     Raises:
         ValueError: A choice that is out of range.
@@ -39,6 +41,8 @@ class Options:
     warm_start: bool = False
     check_cost: bool = True
     auto: bool = False
+    exact: bool = True
+    sweeps: int | None = None
 
     def __post_init__(self) -> None:
         self.stopping()
@@ -50,6 +54,14 @@ class Options:
             raise ValueError(f"acceleration is {self.acceleration!r}; give 'secant', 'anderson' or 'none'")
         if not isinstance(self.coarse, int) or self.coarse < 1:
             raise ValueError(f"coarse is {self.coarse!r}; give the number of calls, 1 for no coarse start")
+
+        if self.exact != (self.sweeps is None):
+            raise ValueError(
+                f"exact is {self.exact} and sweeps is {self.sweeps}: a number of sweeps ends the run before it is the "
+                "sequential result; give exact=False and sweeps together, or neither"
+            )
+        if self.sweeps is not None and (self.sweeps < 1 or self.window is not None or self.auto):
+            raise ValueError("sweeps needs a number from 1, no window (each sweep takes all points), and no auto")
 
     def stopping(self) -> Stopping:
         return Stopping(self.tolerance, self.norm)

@@ -7,6 +7,7 @@ exactness of the first points are untouched (a point that does not move is not c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from forerun.picard.levels import NoiseLevels
 
-__all__ = ["Frozen", "Predictor", "Secant", "working_dtype"]
+__all__ = ["Frozen", "Guided", "Predictor", "Secant", "working_dtype"]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,8 +24,11 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Predictor(Protocol):
-    def observe(self, lo: int, samples: Tensor, outputs: Tensor) -> None:
-        """`[W, B, ...]` samples and the model's answers there, for the points from `lo` on; replaces what was known."""
+    def observe(self, lo: int, samples: Tensor, outputs: Tensor, guided: Sequence[bool] = ()) -> None:
+        """`[W, B, ...]` samples and answers there, for the points from `lo` on; replaces what was known.
+
+        `guided` says whose answers, if any, are not the model's own, so that nothing about it is learned from them.
+        """
 
     def predict(self, point: int, sample: Tensor) -> Tensor:
         """`[B, ...]` answer to expect at an observed point for `sample`."""
@@ -36,7 +40,7 @@ class Frozen:
     Source: arXiv 2305.16317, eq. 6.
     """
 
-    def observe(self, lo: int, samples: Tensor, outputs: Tensor) -> None:
+    def observe(self, lo: int, samples: Tensor, outputs: Tensor, guided: Sequence[bool] = ()) -> None:
         self._lo, self._outputs = lo, outputs
 
     def predict(self, point: int, sample: Tensor) -> Tensor:
@@ -60,10 +64,12 @@ class Secant:
         self._prior_weight = prior_weight  # of the prior against the mean evidence of an element
         self._lo = 0
         self._samples: Tensor | None = None
+        self._own = torch.zeros(0, dtype=torch.bool)  # whether an answer was the model's own, per observed point
 
-    def observe(self, lo: int, samples: Tensor, outputs: Tensor) -> None:
-        moved, answered = self._moves(lo, samples, outputs)
-        self._lo, self._samples, self._outputs = lo, samples, outputs
+    def observe(self, lo: int, samples: Tensor, outputs: Tensor, guided: Sequence[bool] = ()) -> None:
+        own = ~torch.tensor(guided or [False] * len(samples))
+        moved, answered = self._moves(lo, samples, outputs, own)
+        self._lo, self._samples, self._outputs, self._own = lo, samples, outputs, own
         self._fit(moved, answered)
 
     def predict(self, point: int, sample: Tensor) -> Tensor:
@@ -74,8 +80,11 @@ class Secant:
         correction = self._slope[index] * move + self._rest[index] * _column(along, move.ndim)
         return self._outputs[index] + correction.to(self._outputs.dtype)
 
-    def _moves(self, lo: int, samples: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """`[W, B, ...]` twice: change of sample and of answer since the last observation; 0 at points new to it."""
+    def _moves(self, lo: int, samples: Tensor, outputs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """`[W, B, ...]` twice: change of sample and of answer since the last observation.
+
+        0 where there is nothing to compare: at new points, and where one of the answers is not the model's own.
+        """
         dtype = working_dtype(samples.dtype)
         moved = torch.zeros(samples.shape, dtype=dtype, device=samples.device)
         answered = torch.zeros_like(moved)
@@ -85,6 +94,8 @@ class Secant:
             if skip >= 0 and shared > 0:
                 moved[:shared] = samples[:shared].to(dtype) - self._samples[skip : skip + shared]
                 answered[:shared] = outputs[:shared].to(dtype) - self._outputs[skip : skip + shared]
+                others = (~(own[:shared] & self._own[skip : skip + shared])).nonzero().flatten().tolist()
+                moved[others], answered[others] = 0, 0
         return moved, answered
 
     def _fit(self, moved: Tensor, answered: Tensor) -> None:
@@ -112,6 +123,33 @@ class Secant:
     @staticmethod
     def _along_window(values: Tensor, like: Tensor) -> Tensor:
         return _column(values.to(device=like.device, dtype=like.dtype), like.ndim)
+
+
+class Guided:
+    """A sweep that a Picard Consistency Model answers in part: its answers follow a move as Gaussian data's would.
+
+    That is what it is trained to be right under (`forerun.picard.objective`); the base model's follow `own`.
+
+    Args:
+        own: Predicts the base model's answers.
+        levels: Noise levels of the points.
+        weights: `[W]` of the PCM in the answers to observe.
+    """
+
+    def __init__(self, own: Predictor, levels: NoiseLevels, weights: Sequence[float]) -> None:
+        self._own, self._levels, self._weights = own, levels, weights
+
+    def observe(self, lo: int, samples: Tensor, outputs: Tensor, guided: Sequence[bool] = ()) -> None:
+        self._own.observe(lo, samples, outputs, [weight > 0 for weight in self._weights])
+        self._lo, self._samples, self._outputs = lo, samples, outputs
+
+    def predict(self, point: int, sample: Tensor) -> Tensor:
+        index = point - self._lo
+        weight = self._weights[index]
+        if weight == 0:
+            return self._own.predict(point, sample)
+        answer = self._outputs[index] + float(self._levels.output_slope[point]) * (sample - self._samples[index])
+        return answer if weight == 1 else torch.lerp(self._own.predict(point, sample), answer, weight)
 
 
 def _column(values: Tensor, ndim: int) -> Tensor:

@@ -28,8 +28,10 @@ class Report:
     evaluations: int  # points the model was asked at, per sample
     seconds: float  # from the first timestep to the result
     residuals: tuple[float, ...]  # largest change of a point, per sweep
-    stopped: Literal["converged", "exact", "interrupted", "stepped aside"]
+    stopped: Literal["converged", "exact", "approximate", "interrupted", "stepped aside"]
     fell_back: bool  # the acceleration diverged and plain Picard iteration finished the run
+    residual: float = 0.0  # largest change of an accepted sample that the model had been asked at: the certificate
+    guided_rounds: int = 0  # of them, those in which a Picard Consistency Model answered some points
     cost: dict[str, float] | None = None  # seconds of one point and of a window, when they were measured
 
     def save(self, path: str | Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from forerun.picard.opening import Opening
 from forerun.picard.options import Options
 from forerun.picard.ranks import PointRanks
 from forerun.picard.report import Report
+from forerun.picard.switch import Guide, Switch
 from forerun.picard.window import Window
 
 __all__ = ["Memory", "Run", "Setting"]
@@ -34,6 +35,7 @@ class Setting:
     mirrored: bool = False  # each sample stands twice in the batch (DiT)
     cuts: tuple[int, ...] = ()  # points at which a sweep has to end
     ranks: PointRanks | None = None
+    switch: Switch | None = None  # of the Picard Consistency Model, where there is one
     guidance: Callable[[], Mapping[str, Any]] = dict  # what must not change while the loop runs
 
 
@@ -56,6 +58,7 @@ class _Sweep:
     inputs: Tensor  # [W, B, ...]
     frontier: Tensor
     frontier_timestep: Tensor
+    weights: Sequence[float]
     measure: Callable[[float, float], None] | None
 
     @property
@@ -141,6 +144,7 @@ class Run:
             inputs=window.inputs,
             frontier=window.solver.scale(window.frontier, lo),
             frontier_timestep=self._timesteps[lo],
+            weights=window.weights,
             measure=self._measure if self._wants_cost(window) else None,
         )
 
@@ -158,8 +162,16 @@ class Run:
             points=points,
             timesteps=self._timesteps[: len(points)],
             factors=(factors / factors[0])[: len(points)],
+            weights=() if self._guide is None else self._guide.weights(points),
             shape=self._shape,
         )
+
+    @cached_property
+    def _guide(self) -> Guide | None:
+        switch, levels = self._setting.switch, self._levels
+        if switch is None or levels is None:
+            return None
+        return Guide(switch, levels, exact=self._options.exact)
 
     @cached_property
     def _levels(self) -> NoiseLevels | None:
@@ -187,7 +199,7 @@ class Run:
         window = self._window
         assert window is not None
         if window.done:
-            self._finish("exact" if self._options.tolerance == 0 else "converged")
+            self._finish(self._how_it_ended(window))
         if window.done or self._setting.widened:
             returned = window.frontier.clone()  # a callback may write into it
         else:
@@ -234,6 +246,8 @@ class Run:
             alone=not opened,
             cuts=self._setting.cuts,
             keep=self._options.warm_start,
+            guide=self._guide,
+            rounds=self._options.sweeps,
             agree=None if ranks is None else ranks.slowest,
         )
         answers = self._by_point(output, len(opening.points) if opening is not None and opening.opened else 1)
@@ -322,6 +336,11 @@ class Run:
         else:
             warnings.warn(cost.warning(self.points, self._expected()), stacklevel=4)
 
+    def _how_it_ended(self, window: Window[SchedulerSolver]) -> str:
+        if window.ended_early:
+            return "approximate"
+        return "exact" if self._options.tolerance == 0 else "converged"
+
     def _finish(self, stopped: Any) -> None:
         window = self._window
         assert window is not None
@@ -345,8 +364,10 @@ class Run:
             evaluations=window.evaluations,
             seconds=time.perf_counter() - self._started,
             residuals=tuple(window.residuals),
+            residual=window.residual,
             stopped=stopped,
             fell_back=window.fell_back,
+            guided_rounds=window.guided_rounds,
             cost=None if cost is None else {"single": cost.single, "sweep": cost.sweep, "points": cost.points},
         )
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from forerun.picard.anderson import Anderson
 from forerun.picard.levels import NoiseLevels
-from forerun.picard.predict import Frozen, Predictor, Secant
+from forerun.picard.predict import Frozen, Guided, Predictor, Secant, working_dtype
 from forerun.picard.solver import Solver
 from forerun.picard.stopping import Stopping
+from forerun.picard.switch import Guide
 
 __all__ = ["Acceleration", "Window"]
 
@@ -27,6 +28,9 @@ _DIVERGED = 100.0
 # A point that leaves the window early keeps its error, which grows on the way to the end: it is held to this share of
 # the tolerance. (Digits, T = 100: without it a sample in ten ends up to four times beyond the tolerance.)
 _FREEZE = 0.35
+
+# A PCM whose sample is this many times as large as data and noise make one has answered nonsense.
+_IMPLAUSIBLE = 3.0
 
 Answer = Callable[[int, Tensor], Tensor]  # (point, sample [B, ...]) -> the model's answer there, [B, ...]
 
@@ -57,6 +61,9 @@ class Window(Generic[S]):
             guess or, without one, from the trajectory that Gaussian data would have (`NoiseLevels.size`).
         cuts: Points at which a sweep has to end (the model changes there).
         keep: Keep every accepted sample, for `trajectory`.
+        guide: Which points a Picard Consistency Model answers. Whatever it answers, a point is accepted only by a sweep
+            in which the base model answered it and all before it. Needs levels.
+        rounds: End after so many rounds with the trajectory as it is then, which is approximate; None: when converged.
         agree: Makes one of the ranks' own sizes `[W + 1]`, where several iterate the same window.
 
     Raises:
@@ -80,6 +87,8 @@ class Window(Generic[S]):
         alone: bool = True,
         cuts: Sequence[int] = (),
         keep: bool = False,
+        guide: Guide | None = None,
+        rounds: int | None = None,
         agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if size is not None and size < 1:
@@ -92,13 +101,22 @@ class Window(Generic[S]):
             raise ValueError(
                 f"the earlier trajectory is {list(guess.shape)}; this run needs {[points + 1, *start.shape]}"
             )
+        if guide is not None and levels is None:
+            raise ValueError("a Picard Consistency Model needs a scheduler that shows its noise levels")
+        if rounds is not None and (rounds < 1 or (size or points) < points or cuts):
+            raise ValueError("a number of rounds needs at least 1, and a window of all points")
         self.points = points
         self.stopping = stopping
         self.lo = 0
         self.rounds = 0
         self.evaluations = 0
         self.residuals: list[float] = []
+        self.residual = 0.0  # largest change of an accepted sample that the model was asked at, in the sweep before
         self.fell_back = False
+        self.guided_rounds = 0
+        self.ended_early = False
+        self._guide = guide
+        self._most_rounds = rounds
         self._size = size or points
         self._cuts = (*sorted(cuts), points)
         self._levels = levels
@@ -154,6 +172,13 @@ class Window(Generic[S]):
         return tuple(range(self.lo, last))
 
     @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the Picard Consistency Model in the answers to give at the points `asked`; 0 is the base model's own."""
+        if self._guide is None or self._laying:
+            return (0.0,) * len(self.asked)
+        return self._guide.weights(self.asked)
+
+    @property
     def inputs(self) -> Tensor:
         """`[len(asked), B, ...]` what the model is to be given."""
         return torch.stack([self.solver.scale(self._samples[point - self.lo], point) for point in self.asked])
@@ -171,7 +196,9 @@ class Window(Generic[S]):
         if self._laying:
             self._lay(outputs)
         else:
-            self._sweep(outputs)
+            self._sweep(outputs, self.weights)
+        if self.rounds == self._most_rounds and not self.done:
+            self._end_here()
 
     def narrow(self, size: int) -> None:
         """Goes on with a window of `size` points; 1 is the sequential run."""
@@ -197,17 +224,29 @@ class Window(Generic[S]):
         self._laying = bool(self._to_lay)
         self._extend_to(self._to_lay.pop(0) if self._to_lay else self._reach(self.lo))
 
-    def _sweep(self, outputs: Tensor) -> None:
+    def _sweep(self, outputs: Tensor, weights: Sequence[float]) -> None:
         """The answers at every point of the window: it is rebuilt, what has converged is accepted, the rest slides."""
-        points, old = self.asked, self.samples
-        rebuilt, change, growth = self._rebuild(old, outputs)
-        if not growth < _DIVERGED and not isinstance(self._predictor, Frozen):
-            self._predictor, self.fell_back = Frozen(), True
-            rebuilt, change, _ = self._rebuild(old, outputs)
-        self.residuals.append(max(change))
-        accepted = self._accepted(change)
-        _roll(self.solver, old[0], points[:accepted], self._predictor.predict)  # so that the history at lo is theirs
-        if self._anderson is not None:
+        points, old, own = self.asked, self.samples, _leading_zeros(weights)
+        guided = own < len(points)
+        predictor = self._predictor
+        if guided:
+            assert self._levels is not None
+            predictor = Guided(predictor, self._levels, weights)
+        rebuilt, change, growth, size = self._rebuild(predictor, old, outputs)
+        if guided and not size < _IMPLAUSIBLE:
+            self._refuse_guide(outputs[:own])
+            return
+        if not guided and not growth < _DIVERGED and not isinstance(predictor, Frozen):
+            self._predictor = predictor = Frozen()
+            self.fell_back = True
+            rebuilt, change, *_ = self._rebuild(predictor, old, outputs)
+        self._residuals(max(change), points, guided)
+        accepted = self._accepted(change[:own])
+        self.residual = max(self.residual, *change[: accepted - 1], 0.0)
+        _roll(self.solver, old[0], points[:accepted], predictor.predict)  # so that the history at lo is theirs
+        if self._anderson is not None and guided:
+            self._anderson = Anderson()  # its history is the base model's
+        elif self._anderson is not None:
             mixed = self._anderson.mix(self.lo + 1, old[1:], torch.stack(rebuilt))
             rebuilt = [*rebuilt[:accepted], *mixed[accepted:].unbind()]
         self._answered = (points[-1], old[-2], outputs[-1])
@@ -216,26 +255,64 @@ class Window(Generic[S]):
         if not self.done:
             self._extend_to(self._reach(self.lo))
 
-    def _rebuild(self, old: Tensor, outputs: Tensor) -> tuple[list[Tensor], list[float], float]:
-        """Samples after the window's start, how much each changed and all have grown (the sweep's one host sync)."""
-        self._predictor.observe(self.lo, old[:-1], outputs)
+    def _rebuild(
+        self, predictor: Predictor, old: Tensor, outputs: Tensor
+    ) -> tuple[list[Tensor], list[float], float, float]:
+        """Samples after the window's start, how much each changed, all have grown, and are too large for their noise.
+
+        The sweep's one host sync.
+        """
+        predictor.observe(self.lo, old[:-1], outputs)
         self._ahead = self.solver.fork()
-        rebuilt = _roll(self._ahead, old[0], self.asked, self._predictor.predict)
+        rebuilt = _roll(self._ahead, old[0], self.asked, predictor.predict)
         points = slice(self.lo + 1, self.lo + len(old))
         new = torch.stack(rebuilt)
         change = self.stopping.change(points, new, old[1:], self._levels).amax(1)
-        growth = new.abs().amax() / old.abs().amax()
-        sizes = torch.cat([change, growth.to(change.dtype)[None]])
-        *change_list, growth_value = (sizes if self._agree is None else self._agree(sizes)).tolist()
-        return rebuilt, change_list, growth_value
+        growth = (new.abs().amax() / old.abs().amax()).to(change.dtype)
+        sizes = torch.cat([change, growth[None], self._oversize(points, new).to(change.dtype)[None]])
+        *change_list, growth_value, size = (sizes if self._agree is None else self._agree(sizes)).tolist()
+        return rebuilt, change_list, growth_value, size
 
     def _accepted(self, change: list[float]) -> int:
-        """How many points of the window are final now; the point after a converged one has the answers it needs."""
+        """How many points of the window are final now; the point after a converged one has the answers it needs.
+
+        Args:
+            change: Of the points whose answers, and all before them, are the base model's.
+        """
         tolerance = self.stopping.tolerance
-        if self.asked[-1] + 1 == self.points and all(size <= tolerance for size in change):
+        if len(change) == self.points - self.lo and all(size <= tolerance for size in change):
             return len(change)
         kept = (n for n, size in enumerate(change[:-1]) if not size <= _FREEZE * tolerance)  # not a number: kept
         return next(kept, len(change) - 1) + 1
+
+    def _residuals(self, change: float, points: Sequence[int], guided: bool) -> None:
+        """Keeps account of a sweep."""
+        self.residuals.append(change)
+        self.guided_rounds += guided
+        if self._guide is not None:
+            self._guide.asked(points)
+            self._guide.saw(change, guided=guided)
+
+    def _oversize(self, points: slice, samples: Tensor) -> Tensor:
+        """The largest size of samples `[W, B, ...]` over that of data with a variance of 1, with its noise."""
+        if self._guide is None or self._levels is None:
+            return samples.new_zeros(())
+        size = samples.to(working_dtype(samples.dtype)).flatten(2).square().mean(2).sqrt().amax(1)
+        return (size / self._levels.size_of(1.0)[points].to(size)).amax()
+
+    def _refuse_guide(self, outputs: Tensor) -> None:
+        """Gives the PCM up, whose answers are no samples: the sweep ends before the first of them."""
+        assert self._guide is not None
+        self.guided_rounds += 1
+        self._guide.drop()
+        self._samples = self._samples[: len(outputs) + 1]
+        self._sweep(outputs, (0.0,) * len(outputs))
+
+    def _end_here(self) -> None:
+        """Takes the trajectory's end as it is."""
+        self.ended_early = True
+        self.solver = self._ahead
+        self._drop(self.points - self.lo)
 
     def _drop(self, accepted: int) -> None:
         """Moves the window's start past accepted points."""
@@ -259,6 +336,10 @@ class Window(Generic[S]):
         if self._levels is None:
             return anchor_output
         return self._levels.extrapolate(sample, point, anchor, anchor_sample, anchor_output)
+
+
+def _leading_zeros(weights: Sequence[float]) -> int:
+    return next((index for index, weight in enumerate(weights) if weight > 0), len(weights))
 
 
 def _roll(solver: Solver, sample: Tensor, points: Iterable[int], answer: Answer) -> list[Tensor]:

@@ -1,0 +1,221 @@
+"""A Picard Consistency Model on disk, on a pipeline, and in certified runs on the digits model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pipelines as made
+import pytest
+import torch
+from comparison import assert_same_image, counted_calls, sample
+from consistency_models import consistency, random_lora
+
+from forerun.picard.consistency import Base, Consistency
+from forerun.picard.diffusers import PicardScheduler, parallel
+from forerun.picard.switch import Switch
+
+_UNET = Path(__file__).parents[2] / "examples" / "assets" / "digits" / "unet"
+
+
+def _same(left: Consistency, right: Consistency) -> bool:
+    layers = left.lora.layers.keys() == right.lora.layers.keys() and all(
+        torch.equal(one, other)
+        for name in left.lora.layers
+        for one, other in zip(left.lora.layers[name], right.lora.layers[name], strict=True)
+    )
+    return layers and left.card == right.card and left.component == right.component
+
+
+def test_save_and_load(tmp_path):
+    unet = made.unet()
+    pcm = consistency(unet, random_lora(unet, 0.5), ages=2, training={"loss": 0.5})
+    pcm.save(tmp_path / "pcm")
+    assert _same(Consistency.load(tmp_path / "pcm"), pcm)
+    assert sorted(path.name for path in (tmp_path / "pcm").iterdir()) == [
+        "picard.json",
+        "pytorch_lora_weights.safetensors",
+    ]
+
+
+def test_diffusers_loads_it_as_a_lora(tmp_path):
+    pipe, arguments = made.stable_diffusion()
+    lora = random_lora(pipe.unet, 0.3)
+    consistency(pipe.unet, lora).save(tmp_path)
+    ours = lora.on(pipe.unet)
+    rows = torch.ones(4)
+    with ours.weighted(rows):
+        expected = sample(pipe, arguments)
+    ours.remove()
+    pipe.load_lora_weights(tmp_path)
+    assert_same_image(sample(pipe, arguments), expected)
+
+
+def test_a_half_precision_copy_is_the_same_base():
+    unet = made.unet()
+    base = Base.of(unet, "here")
+    assert base.same(Base.of(made.unet().half(), "there")) is False  # other random weights
+    assert base.same(Base.of(unet.to(torch.bfloat16), "there"))
+    torch.manual_seed(0)
+    unet = made.unet()
+    base = Base.of(unet, "here")
+    assert base.same(Base.of(unet.half(), "there"))
+
+
+def test_another_base_is_refused_with_both_names():
+    pipe, _ = made.stable_diffusion()
+    torch.manual_seed(5)
+    other = made.unet()
+    pcm = consistency(other, random_lora(other, 0.1))
+    with pytest.raises(ValueError, match=r"from tests/model \(UNet.*pipeline's model is UNet.*other weights"):
+        PicardScheduler.from_pipe(pipe, pcm=pcm)
+    assert not hasattr(pipe.unet, "_diffusers_hook")
+    xl, _ = made.stable_diffusion_xl()
+    with pytest.raises(ValueError, match=r"trained from .* parameters\), and the pipeline's model is .* parameters\)"):
+        PicardScheduler.from_pipe(xl, pcm=pcm)
+    with pytest.raises(ValueError, match="changes a transformer, and the pipeline has unet"):
+        PicardScheduler.from_pipe(pipe, pcm=consistency(other, random_lora(other, 0.1), component="transformer"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda folder: (folder / "picard.json").unlink(), FileNotFoundError, "no picard.json in it"),
+        (lambda folder: (folder / "picard.json").write_text("{"), ValueError, "broken"),
+        (lambda folder: (folder / "picard.json").write_text('{"format": 2}'), ValueError, "later format"),
+        (lambda folder: _cut(folder / "pytorch_lora_weights.safetensors"), ValueError, "broken"),
+        (lambda folder: _without_switch(folder / "picard.json"), ValueError, "switch"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, spoil, error, message):
+    unet = made.unet()
+    consistency(unet, random_lora(unet, 0.1)).save(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(error, match=message):
+        Consistency.load(tmp_path)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _without_switch(path: Path) -> None:
+    card = json.loads(path.read_text())
+    del card["switch"]
+    path.write_text(json.dumps(card))
+
+
+def test_a_disk_that_takes_nothing_leaves_no_broken_file(tmp_path, monkeypatch):
+    unet = made.unet()
+    before = consistency(unet, random_lora(unet, 0.1))
+    before.save(tmp_path)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        consistency(unet, random_lora(unet, 0.9)).save(tmp_path)
+    assert _same(Consistency.load(tmp_path), before)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_on_a_pipeline():
+    """Guidance, several rows a sample, parts of a call: the result is the sequential one; detached, nothing is left."""
+    pipe, arguments = made.stable_diffusion()
+    sequential = sample(pipe, arguments)
+    pcm = consistency(pipe.unet, random_lora(pipe.unet, 0.5))
+    for options in ({}, {"max_points_per_call": 3}, {"window": 4}):
+        pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=pcm, tolerance=0, check_cost=False, **options)
+        with counted_calls(pipe.unet) as calls:
+            assert_same_image(sample(pipe, arguments), sequential)
+        assert len(calls) >= pipe.scheduler.report.rounds <= 10
+        assert pipe.scheduler.report.guided_rounds >= 1
+    pipe.scheduler = PicardScheduler.from_pipe(
+        pipe, tolerance=0, check_cost=False
+    )  # again, without: no layer is hooked
+    assert not any(layer._forward_hooks for layer in pipe.unet.modules())
+    pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=pcm).detach()
+    assert not any(layer._forward_hooks for layer in pipe.unet.modules())
+    assert torch.equal(sample(pipe, arguments), sequential)
+
+
+def test_another_scheduler_is_warned_about():
+    pipe, _ = made.stable_diffusion()
+    pcm = consistency(pipe.unet, random_lora(pipe.unet, 0.5), scheduler_config={"beta_start": 0.5})
+    with pytest.warns(
+        UserWarning, match=r"trained for DDIMScheduler, and runs under DDIMScheduler \(beta_start differ"
+    ):
+        PicardScheduler.from_pipe(pipe, pcm=pcm).detach()
+
+
+@pytest.mark.parametrize("switch", ["sometimes", 3])
+def test_a_bad_switch(switch):
+    pipe, _ = made.stable_diffusion()
+    with pytest.raises(ValueError, match="one of auto, hard, linear"):
+        PicardScheduler.from_pipe(pipe, pcm=consistency(pipe.unet, random_lora(pipe.unet, 0.5)), switch=switch)
+
+
+@pytest.fixture(scope="module")
+def unet() -> diffusers.UNet2DModel:
+    return diffusers.UNet2DModel.from_pretrained(_UNET).eval()
+
+
+@torch.no_grad()
+def _sample(unet, scheduler, seed: int, steps: int = 50):
+    scheduler.set_timesteps(steps)
+    current = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    for t in scheduler.timesteps:
+        current = scheduler.step(unet(current, t).sample, t, current).prev_sample
+    return current
+
+
+AGES = 2
+MORE_ROUNDS = AGES + 2  # at most, whatever the PCM answers
+
+
+@pytest.mark.parametrize("size", [0.05, 0.3, 1.0, 100.0, float("nan")])
+@pytest.mark.parametrize(("acceleration", "switch"), [("none", "hard"), ("secant", "auto"), ("secant", "linear")])
+def test_a_bad_one_costs_rounds_and_never_the_result(unet, acceleration, switch, size):
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    pcm = consistency(unet, random_lora(unet, size), ages=AGES)
+    for seed in (0, 1):
+        sequential = _sample(unet, base, seed)
+        plain = parallel(unet, base, acceleration=acceleration, check_cost=False)
+        _sample(unet, plain, seed)
+        plain.detach()
+        guided = parallel(unet, base, pcm=pcm, switch=switch, acceleration=acceleration, check_cost=False)
+        result = _sample(unet, guided, seed)
+        guided.detach()
+        assert float((result - sequential).norm() / sequential.norm()) <= 1e-3
+        assert guided.report.residual <= 1e-3
+        assert 1 <= guided.report.guided_rounds <= AGES
+        assert guided.report.rounds <= plain.report.rounds + MORE_ROUNDS
+
+
+def test_a_few_sweeps_without_the_switch_are_called_approximate(unet):
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    for pcm in (None, consistency(unet, random_lora(unet, 0.01))):
+        quick = parallel(unet, base, pcm=pcm, exact=False, sweeps=3, check_cost=False)
+        _sample(unet, quick, 0)
+        assert quick.report.rounds == 3
+        assert quick.report.stopped == "approximate"
+        assert quick.report.guided_rounds == (0 if pcm is None else 3)
+        quick.detach()
+    for options in ({"exact": False}, {"sweeps": 3}):
+        with pytest.raises(ValueError, match="exact=False and sweeps together"):
+            parallel(unet, base, **options)
+    with pytest.raises(ValueError, match="no window"):
+        parallel(unet, base, exact=False, sweeps=3, window=5)
+
+
+def test_a_switch_of_ones_own(unet):
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    late = Switch((5.0,), watch=False)  # only where there is little noise left
+    guided = parallel(unet, base, pcm=consistency(unet, random_lora(unet, 1.0)), switch=late, check_cost=False)
+    result = _sample(unet, guided, 3)
+    assert guided.report.guided_rounds == 1
+    sequential = _sample(unet, base, 3)
+    assert float((result - sequential).norm() / sequential.norm()) <= 1e-3
+    guided.detach()
