@@ -122,8 +122,12 @@ class Plain(nn.Module):
         return self.unet(sample, timestep).sample
 
 
-def scheduler_named(name: str) -> Any:
-    return getattr(diffusers, name.split()[0])(**_SCHEDULERS[name])
+def scheduler_named(name: str, steps: int) -> Any:
+    """The scheduler; with "leading" timesteps where its own hold one twice, which makes its result not a number."""
+    scheduler = getattr(diffusers, name.split()[0])(**_SCHEDULERS[name])
+    scheduler.set_timesteps(steps)
+    twice = bool((scheduler.timesteps[1:] == scheduler.timesteps[:-1]).any()) and scheduler.order == 1
+    return type(scheduler).from_config(scheduler.config, timestep_spacing="leading") if twice else scheduler
 
 
 @torch.no_grad()
@@ -152,7 +156,7 @@ def rows_of(name: str, steps: int, seeds: int, unet: nn.Module, device: torch.de
     """Every way to sample with one scheduler at one number of steps."""
     retarget = name.split()[0].startswith(("FlowMatch", "EDM", "Cosine"))
     model: Any = Retargeted(unet) if retarget else Plain(unet)
-    base = scheduler_named(name)
+    base = scheduler_named(name, steps)
     base.set_timesteps(steps)
     model.follow(base)
     calls = len(base.timesteps)
