@@ -23,10 +23,12 @@ from diffusers.hooks import HookRegistry, ModelHook  # noqa: E402
 
 __all__ = [
     "SchedulerMixin",
+    "call_arguments",
     "component_name",
     "forward_signature",
     "hook_forward",
     "is_hooked_last",
+    "load_pipeline",
     "load_scheduler_config",
     "model_name",
     "pipeline_arguments",
@@ -64,6 +66,11 @@ def load_scheduler_config(path: Any, **kwargs: Any) -> dict[str, Any]:
     """The config in a scheduler's folder or repository, whichever class wrote it."""
     config: dict[str, Any] = diffusers.DDIMScheduler.load_config(path, **kwargs)  # SchedulerMixin alone has no reader
     return config
+
+
+def load_pipeline(path: str, device: str) -> Any:
+    """A pipeline from a folder or a repository, on a device."""
+    return diffusers.DiffusionPipeline.from_pretrained(path).to(device)
 
 
 def pipeline_denoisers(pipe: Any) -> list[nn.Module]:
@@ -215,6 +222,11 @@ def pipeline_arguments(pipe: Any) -> dict[str, Any] | None:
             taken = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
             return {name: value for name, value in frame.f_locals.items() if name in taken}
     return None
+
+
+def call_arguments(pipe: Any) -> frozenset[str]:
+    """Names of the arguments of `pipe(...)`."""
+    return frozenset(inspect.signature(type(pipe).__call__).parameters) - {"self"}
 
 
 def _frames() -> Iterator[Any]:

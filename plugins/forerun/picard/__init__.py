@@ -14,6 +14,7 @@ sweeps the first k points are final, so the limit, reached in at most T sweeps, 
     opening.py    a run's first sweep, asked before the run has seen its batch
     switch.py     model switching: which points a Picard Consistency Model answers, and with what weight
     consistency.py, lora.py   such a model on disk, and on a base model, its scale each row's own
+    training.py   trains one: trajectories.py the sequential runs, objective.py what should have been answered
     options.py    what a user chooses
     run.py        one loop over timesteps, each turn a sweep, until the window is done
     ranks.py      a window's points over the ranks of a process group
@@ -22,7 +23,8 @@ sweeps the first k points are final, so the limit, reached in at most T sweeps, 
     denoiser.py   widens a model's call from one point to a window; diffusers_hooks.py: one scheduler's hooks
     loops.py      what a pipeline's loop computes from its counter or its timestep
     rules.py      pipelines and arguments that a sweep would get wrong, and what is done about each
-    diffusers.py  `PicardScheduler`, the drop-in; commands.py and demo.py: `forerun picard …`, `forerun demo`
+    diffusers.py  `PicardScheduler`, the drop-in; diffusers_training.py: pipelines and bare models to train for
+    commands.py, train_settings.py, diffusers_train.py, demo.py   `forerun picard …`, `forerun demo`
 
 Axes: T points of the trajectory (model calls of the sequential run), W points of the window, B batch, R rows of a
 pipeline's own model call (the batch, stacked for guidance).

@@ -1,4 +1,4 @@
-"""`forerun picard ...`: what a user does with the reports of parallel runs."""
+"""`forerun picard ...`: reports of parallel runs drawn, Picard Consistency Models trained."""
 
 from __future__ import annotations
 
@@ -33,3 +33,33 @@ def plot(
         typer.echo(f"forerun picard plot: {reason}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"picture: {out}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Everything in a file.")] = None,
+    pipeline: Annotated[str | None, typer.Option(help="Folder or repository of a diffusers pipeline.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder of the result; an interrupted training goes on there.")
+    ] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder that keeps sampled trajectories.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt per line.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps that it is for.")] = None,
+    turns: Annotated[int | None, typer.Option(help="Length of the training.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the LoRA.")] = None,
+) -> None:
+    """Train a Picard Consistency Model for a pipeline: fewer rounds, the same result."""
+    try:
+        from forerun.picard.diffusers_train import run
+        from forerun.picard.train_settings import TrainSettings
+
+        training = {
+            name: value for name, value in (("steps", steps), ("turns", turns), ("rank", rank)) if value is not None
+        }
+        call = {} if prompts is None else {"prompt": prompts.read_text().splitlines()}
+        given = {"pipeline": pipeline, "out": out, "cache": cache, "device": device, "training": training, "call": call}
+        typer.echo(run(TrainSettings.read(config, given)))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        typer.echo(f"forerun picard train: {str(error).splitlines()[0]}", err=True)
+        raise typer.Exit(1) from error

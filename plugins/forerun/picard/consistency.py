@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from forerun.picard.files import write_whole
 from forerun.picard.lora import Lora
 from forerun.picard.switch import Switch
 
@@ -148,8 +149,8 @@ class Consistency:
         for name, (down, up) in self.lora.layers.items():
             weights[f"{self.component}.{name}.lora_A.weight"] = down.contiguous()
             weights[f"{self.component}.{name}.lora_B.weight"] = (up * self.lora.scale).contiguous()
-        _write(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
-        _write(folder / _CARD, self.card.as_json().encode())
+        write_whole(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
+        write_whole(folder / _CARD, self.card.as_json().encode())
 
     def with_switch(self, switch: Switch) -> Consistency:
         return replace(self, card=replace(self.card, switch=switch))
@@ -184,16 +185,3 @@ def _layers(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, tuple[Tensor,
     if 2 * len(layers) != len(weights):
         raise ValueError("its weights are not pairs of lora_A and lora_B")
     return components.pop(), layers
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replaces a file by another whole one."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

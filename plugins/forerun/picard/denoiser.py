@@ -22,7 +22,7 @@ from forerun.picard.cost import seconds
 from forerun.picard.lora import RowLora
 from forerun.picard.ranks import PointRanks
 
-__all__ = ["Denoiser", "Family", "Sweep"]
+__all__ = ["Asked", "Denoiser", "Family", "Sweep"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,15 @@ class Sweep(Protocol):
         """`[R, len(points), ...]` what the model is to be given, for the pipeline's `[R, ...]`."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a sweep asks a model, for those who train it."""
+
+    call: int  # which of the pipeline's calls for one step
+    points: tuple[int, ...]
+    inputs: Tensor  # [R, W, ...] samples as the model is given them
+
+
 @dataclass
 class Denoiser:
     """Stands before a module's `forward`; does nothing while `sweep()` is None."""
@@ -87,6 +96,7 @@ class Denoiser:
     max_points: int | None = None
     ranks: PointRanks | None = None
     lora: RowLora | None = None  # the Picard Consistency Model's
+    tap: Callable[[Asked], None] | None = None  # is told of every part of a widened call
     _run: _RunMemory = field(default_factory=lambda: _RunMemory())
 
     def begin_run(self) -> None:
@@ -111,6 +121,8 @@ class Denoiser:
         points = list(range(len(sweep.points)))
         mine = points if self.ranks is None else self.ranks.share(points)
         parts = (partial(self._answer, forward, *part) for part in call.parts(mine, self.max_points))
+        if self.tap is not None:
+            self.tap(call.asked(mine, self._run.call))
         if sweep.measure is None:
             outputs = [part() for part in parts]
         else:
@@ -204,6 +216,11 @@ class _Call:
         for start in range(0, len(points), most or len(points)):
             part = points[start : start + (most or len(points))]
             yield self._widened(part), self._weights(part)
+
+    def asked(self, points: list[int], call: int) -> Asked:
+        """What the widened call asks at some of the sweep's points."""
+        inputs = self._samples(points).unflatten(0, (self._rows, len(points)))
+        return Asked(call, tuple(self._sweep.points[point] for point in points), inputs)
 
     def join(self, outputs: list[Any], points: int) -> Any:
         """One output for all points from the parts' outputs, for `points` points in all (and the other ranks')."""

@@ -29,7 +29,7 @@ from torch import distributed as dist
 
 from forerun.picard import rules
 from forerun.picard.consistency import Consistency
-from forerun.picard.denoiser import Family
+from forerun.picard.denoiser import Asked, Family
 from forerun.picard.diffusers_hooks import Binding
 from forerun.picard.options import Options
 from forerun.picard.ranks import PointRanks
@@ -191,6 +191,10 @@ class PicardScheduler:
     @property
     def options(self) -> Options:
         return self._picard_options
+
+    def tell(self, told: Callable[[Asked], None] | None) -> None:
+        """Tells `told` what later sweeps ask the denoiser, for those who train one; None: no longer."""
+        self._picard_binding.tap(told)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]

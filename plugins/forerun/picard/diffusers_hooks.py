@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from forerun.picard.consistency import Consistency
-from forerun.picard.denoiser import Denoiser, Family, Sweep
+from forerun.picard.denoiser import Asked, Denoiser, Family, Sweep
 from forerun.picard.ranks import PointRanks
 from forerun_adapters import diffusers as host
 
@@ -62,6 +62,11 @@ class Binding:
                 denoiser.lora = consistency.lora.on(module)
             host.hook_forward(module, _HOOK, denoiser)
             self._bound.append((weakref.ref(module), denoiser))
+
+    def tap(self, told: Callable[[Asked], None] | None) -> None:
+        """Tells `told` of everything that sweeps ask the denoisers; None: no longer."""
+        for _, denoiser in self._bound:
+            denoiser.tap = told
 
     def __bool__(self) -> bool:
         return bool(self._bound)

@@ -98,19 +98,20 @@ class _Change:
         if self.weights is None:
             return None
         x = given[0]
-        if self._down.device != x.device or self._down.dtype != x.dtype:
-            self._down, self._up = self._down.to(x.device, x.dtype), self._up.to(x.device, x.dtype)
+        down, up = self._down.to(x.device, x.dtype), self._up.to(x.device, x.dtype)
+        if not down.requires_grad:
+            self._down, self._up = down, up  # moved once; in training they change
         if isinstance(self._layer, nn.Linear):
-            change = nn.functional.linear(nn.functional.linear(x, self._down), self._up)
+            change = nn.functional.linear(nn.functional.linear(x, down), up)
         else:
-            change = self._convolved(x)
+            change = self._convolved(x, down, up)
         weights = (self.weights * self._scale).to(output.device, output.dtype)
         rows = weights.repeat_interleave(len(output) // len(weights)).reshape(-1, *(1,) * (output.ndim - 1))
         return output + torch.where(rows == 0, 0, change * rows)  # 0 times what is not finite is not 0
 
-    def _convolved(self, x: Tensor) -> Tensor:
+    def _convolved(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         layer = self._layer
         convolve: Any = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[x.ndim - 3]
-        inner = convolve(x, self._down, None, layer.stride, layer.padding, layer.dilation)
-        change: Tensor = convolve(inner, self._up)
+        inner = convolve(x, down, None, layer.stride, layer.padding, layer.dilation)
+        change: Tensor = convolve(inner, up)
         return change

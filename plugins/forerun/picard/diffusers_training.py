@@ -1,0 +1,184 @@
+"""Pipelines and bare models as what `forerun.picard.training.train` runs.
+
+train(PipelineSource(pipe, prompt=["a cat", "a dog"]), Path("pcm"), Training(steps=50))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from forerun.picard import rules
+from forerun.picard.base_solver import input_factors, noise_levels
+from forerun.picard.consistency import Consistency
+from forerun.picard.denoiser import Asked
+from forerun.picard.diffusers import PicardScheduler, parallel
+from forerun.picard.levels import NoiseLevels
+from forerun.picard.trajectories import Trajectory, recorded
+from forerun_adapters import diffusers as host
+
+__all__ = ["LoopSource", "PipelineSource"]
+
+# What a scheduler's settings say about whether a PCM was trained for it.
+_TELLING = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "timestep_spacing")
+
+
+class _Source:
+    """What both sources share; they say how to sample."""
+
+    module: nn.Module
+    component: str
+    unbatched: frozenset[str]
+
+    def __init__(self, base: Any) -> None:
+        self._base = base.detach() if isinstance(base, PicardScheduler) else base
+        self.name = host.model_name(self.module)
+        self.scheduler = type(self._base).__name__
+        self.scheduler_config = {name: self._base.config[name] for name in _TELLING if name in self._base.config}
+
+    def levels(self, steps: int) -> tuple[NoiseLevels, Tensor]:
+        scheduler = type(self._base).from_config(self._base.config)
+        scheduler.set_timesteps(steps)
+        if len(scheduler.timesteps) != steps:
+            raise ValueError(
+                f"{self.scheduler} makes {len(scheduler.timesteps)} model calls of {steps} steps; train with one that "
+                "makes one call a step (the PCM can be used with others)"
+            )
+        levels = noise_levels(scheduler, scheduler.timesteps)
+        if levels is None:
+            raise ValueError(f"{self.scheduler} shows no noise levels, which the training needs")
+        return levels, levels.output_slope / input_factors(scheduler, scheduler.timesteps)
+
+    @torch.no_grad()
+    def finished(self, steps: int, seeds: Sequence[int]) -> list[Trajectory]:
+        with recorded(self.module, lambda: steps) as trajectories:
+            self._sample(self._base, steps, seeds)
+        return trajectories
+
+    @torch.no_grad()
+    def asked(self, steps: int, seeds: Sequence[int], pcm: Consistency, sweeps: int) -> list[Asked]:
+        scheduler = self._parallel(pcm=pcm, exact=False, sweeps=sweeps)
+        asked: list[Asked] = []
+        scheduler.tell(asked.append)
+        try:
+            self._sample(scheduler, steps, seeds)
+        finally:
+            scheduler.detach()
+        return asked
+
+    @torch.no_grad()
+    def rounds(self, steps: int, seeds: Sequence[int], pcm: Consistency | None) -> int:
+        scheduler = self._parallel(pcm=pcm)
+        try:
+            self._sample(scheduler, steps, seeds)
+        finally:
+            scheduler.detach()
+        assert scheduler.report is not None
+        return scheduler.report.rounds
+
+    def _parallel(self, **options: Any) -> PicardScheduler:
+        raise NotImplementedError
+
+    def _sample(self, scheduler: Any, steps: int, seeds: Sequence[int]) -> None:
+        raise NotImplementedError
+
+
+class PipelineSource(_Source):
+    """A diffusers pipeline.
+
+    Args:
+        pipe: As it is to be used later: guidance and prompts belong to what is trained.
+        **arguments: Of its call. A list (of prompts, say) is gone through, one item per seed.
+
+    Raises:
+        ValueError: A pipeline with more than one denoiser, or one that parallel sampling does not serve.
+    """
+
+    def __init__(self, pipe: Any, **arguments: Any) -> None:
+        modules = host.pipeline_denoisers(pipe)
+        rules.refuse_pipeline(pipe)
+        if len(modules) != 1:
+            raise ValueError(
+                f"{type(pipe).__name__} has {len(modules)} denoisers; a Picard Consistency Model can be trained for one"
+            )
+        self._pipe, self._arguments = pipe, arguments
+        self.module = modules[0]
+        self.component = host.component_name(pipe, self.module)
+        self.unbatched = rules.family(host.family_name(self.module), None).unbatched
+        super().__init__(pipe.scheduler)
+
+    def _parallel(self, **options: Any) -> PicardScheduler:
+        return PicardScheduler.from_pipe(self._pipe, check_cost=False, **options)
+
+    def _sample(self, scheduler: Any, steps: int, seeds: Sequence[int]) -> None:
+        before, self._pipe.scheduler = self._pipe.scheduler, scheduler
+        arguments = {
+            name: [value[seed % len(value)] for seed in seeds] if isinstance(value, list) else value
+            for name, value in self._arguments.items()
+        }
+        arguments.setdefault("output_type", "latent")
+        if not any(isinstance(value, list) for value in self._arguments.values()):
+            arguments = {**_many(self._pipe, len(seeds)), **arguments}
+        try:
+            self._pipe.set_progress_bar_config(disable=True)
+            self._pipe(**arguments, num_inference_steps=steps, generator=_generators(seeds))
+        finally:
+            self._pipe.scheduler = before
+
+
+class LoopSource(_Source):
+    """A bare model in the loop that diffusion policies write: no pipeline, no guidance.
+
+    Args:
+        model: Its first argument is the sample, one is named `timestep`, `timesteps` or `t`.
+        scheduler: A diffusers scheduler.
+        shape: Of one sample.
+        conditioning: The model's other arguments for some seeds, each with a row per seed.
+        unbatched: Those of them without a batch axis.
+    """
+
+    component = "unet"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        shape: Sequence[int],
+        conditioning: Callable[[Sequence[int]], Mapping[str, Any]] = lambda seeds: {},
+        unbatched: Sequence[str] = (),
+    ) -> None:
+        self.module, self._shape, self._conditioning = model, tuple(shape), conditioning
+        self.unbatched = frozenset(unbatched)
+        super().__init__(scheduler)
+
+    def _parallel(self, **options: Any) -> PicardScheduler:
+        return parallel(self.module, self._base, unbatched=tuple(self.unbatched), check_cost=False, **options)
+
+    def _sample(self, scheduler: Any, steps: int, seeds: Sequence[int]) -> None:
+        device = next(self.module.parameters()).device
+        scheduler.set_timesteps(steps, device=device)
+        start = torch.cat([torch.randn(1, *self._shape, generator=generator) for generator in _generators(seeds)])
+        sample = start.to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+        conditioning = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self._conditioning(seeds).items()
+        }
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+            output = self.module(scaled, t, **conditioning)
+            output = output if isinstance(output, Tensor) else output[0]
+            sample = scheduler.step(output, t, sample).prev_sample
+
+
+def _generators(seeds: Sequence[int]) -> list[Generator]:
+    return [Generator().manual_seed(seed) for seed in seeds]
+
+
+def _many(pipe: Any, samples: int) -> dict[str, int]:
+    """The argument by which a pipeline makes several samples of one prompt, or of none."""
+    taken = host.call_arguments(pipe)
+    names = ("batch_size", "num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+    return next(({name: samples} for name in names if name in taken), {})

@@ -1,0 +1,162 @@
+"""Sequential trajectories as the model sees them: what it was given at every step, and what it answered.
+
+They are what a Picard Consistency Model is trained on. Each is kept in a file of its own, so that collecting many can
+be ended and resumed at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from forerun.picard.files import write_whole
+
+__all__ = ["Trajectory", "cached", "first_tensor", "recorded"]
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One model's part of one sequential run: T steps of R rows.
+
+    Args:
+        inputs: `[T, R, ...]` samples that the model was given.
+        answers: `[T, R, ...]` what it answered.
+        times: `[T]` the model's timesteps.
+        others: Its other arguments, the same at every step; dicts of tensors, and plain values.
+    """
+
+    inputs: Tensor
+    answers: Tensor
+    times: Tensor
+    others: Mapping[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        leaves = {_name(keys): leaf for keys, leaf in pytree.tree_flatten_with_path(dict(self.others))[0]}
+        tensors = {f"others/{name}": leaf.contiguous() for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        plain = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+        tensors |= {name: getattr(self, name).contiguous() for name in ("inputs", "answers", "times")}
+        write_whole(path, save(tensors, {"plain": json.dumps(plain)}))
+
+    @classmethod
+    def load(cls, path: Path) -> Trajectory:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: The file is broken.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                leaves = json.loads(file.metadata()["plain"])
+            inputs, answers, times = (tensors.pop(name) for name in ("inputs", "answers", "times"))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} holds no trajectory: {error}; delete it, and it will be made again") from error
+        leaves |= {name.removeprefix("others/"): tensor for name, tensor in tensors.items()}
+        return cls(inputs, answers, times, _nested(leaves))
+
+
+def cached(path: Path, make: Callable[[], list[Trajectory]]) -> list[Trajectory]:
+    """The trajectories in a folder; made, and put there, if they are not."""
+    if (path / "complete").is_file():
+        return [Trajectory.load(file) for file in sorted(path.glob("*.safetensors"))]
+    path.mkdir(parents=True, exist_ok=True)
+    made = make()
+    for index, trajectory in enumerate(made):
+        trajectory.save(path / f"{index:02}.safetensors")
+    write_whole(path / "complete", b"")
+    return made
+
+
+@contextlib.contextmanager
+def recorded(module: nn.Module, steps: Callable[[], int]) -> Iterator[list[Trajectory]]:
+    """Records the sequential run inside; the list holds, after it, a trajectory per call that a step makes.
+
+    Args:
+        module: The denoiser.
+        steps: How many steps the run had, asked after it.
+
+    Raises:
+        ValueError: An argument of the model changes from step to step, or is of a kind that cannot be kept.
+    """
+    calls: list[tuple[inspect.BoundArguments, Tensor]] = []
+    signature = inspect.signature(getattr(module, "_orig_mod", module).forward)
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((signature.bind(*args, **kwargs), first_tensor(output)))
+
+    made: list[Trajectory] = []
+    handle = module.register_forward_hook(record, with_kwargs=True)
+    try:
+        yield made
+    finally:
+        handle.remove()
+    each = len(calls) // steps()
+    if not each or len(calls) != each * steps():
+        raise ValueError(f"the run called its model {len(calls)} times for {steps()} steps: it cannot be recorded")
+    made += [_trajectory(calls[slot::each]) for slot in range(each)]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A model's answer in what its forward returned."""
+    found: Tensor = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+    return found
+
+
+def _trajectory(calls: list[tuple[inspect.BoundArguments, Tensor]]) -> Trajectory:
+    names = list(calls[0][0].signature.parameters)
+    sample, time = names[0], next(name for name in ("timestep", "timesteps", "t") if name in names)
+    others = [{k: v for k, v in bound.arguments.items() if k not in (sample, time)} for bound, _ in calls]
+    for later in others[1:]:
+        _check_same(others[0], later)
+    return Trajectory(
+        inputs=torch.stack([bound.arguments[sample].cpu() for bound, _ in calls]),
+        answers=torch.stack([answer.detach().cpu() for _, answer in calls]),
+        times=torch.stack([torch.as_tensor(bound.arguments[time]).flatten()[0].cpu() for bound, _ in calls]),
+        others=pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), _kept(others[0])),
+    )
+
+
+def _kept(arguments: dict[str, Any]) -> dict[str, Any]:
+    for keys, leaf in pytree.tree_flatten_with_path(arguments)[0]:
+        if not isinstance(leaf, (Tensor, *_PLAIN)):
+            raise ValueError(f"the model's argument {_name(keys)} is a {type(leaf).__name__}, which cannot be kept")
+    return arguments
+
+
+def _check_same(first: dict[str, Any], later: dict[str, Any]) -> None:
+    for (keys, one), other in zip(pytree.tree_flatten_with_path(first)[0], pytree.tree_leaves(later), strict=True):
+        same = torch.equal(one, other) if isinstance(one, Tensor) else one == other
+        if not same:
+            raise ValueError(
+                f"the model's argument {_name(keys)} changes from step to step: a Picard Consistency Model can only be "
+                "trained for a model whose conditioning stays"
+            )
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    return "/".join(str(key.key) for key in keys)
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *path, last = name.split("/")
+        inner = root
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = leaf
+    return root

@@ -1,0 +1,250 @@
+"""Training a Picard Consistency Model: targets, trajectories on disk, what is learned, kills, resumes, the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pipelines as made
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from comparison import assert_same_image, sample
+from sequences import Net
+from training_program import CHOICES, SHAPE, run
+from typer.testing import CliRunner
+
+from forerun import cli
+from forerun.picard.consistency import Consistency
+from forerun.picard.denoiser import Asked
+from forerun.picard.diffusers import PicardScheduler, parallel
+from forerun.picard.diffusers_training import LoopSource, PipelineSource
+from forerun.picard.objective import rows_of
+from forerun.picard.training import Training, train
+from forerun.picard.trajectories import Trajectory, cached
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate holds one precision for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+_UNET = Path(__file__).parents[2] / "examples" / "assets" / "digits" / "unet"
+
+
+def _trajectory(steps=3, rows=2):
+    return Trajectory(
+        inputs=torch.randn(steps, rows, 2, 4),
+        answers=torch.randn(steps, rows, 2, 4),
+        times=torch.arange(steps),
+        others={"text": torch.randn(rows, 5), "added": {"ids": torch.ones(rows)}, "return_dict": False, "mask": None},
+    )
+
+
+def _assert_same(left, right):
+    for name in ("inputs", "answers", "times"):
+        assert torch.equal(getattr(left, name), getattr(right, name))
+    assert left.others.keys() == right.others.keys()
+    assert torch.equal(left.others["added"]["ids"], right.others["added"]["ids"])
+    assert right.others["return_dict"] is False
+    assert right.others["mask"] is None
+
+
+def test_trajectories_on_disk(tmp_path):
+    trajectory = _trajectory()
+    calls = []
+
+    def make():
+        calls.append(1)
+        return [trajectory]
+
+    for _ in range(2):
+        _assert_same(cached(tmp_path / "a", make)[0], trajectory)
+    assert len(calls) == 1
+    (tmp_path / "a" / "complete").unlink()  # killed before the last file
+    cached(tmp_path / "a", make)
+    assert len(calls) == 2
+    (tmp_path / "a" / "00.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="holds no trajectory"):
+        cached(tmp_path / "a", make)
+
+
+def test_targets_are_the_finished_answers_carried_back_along_the_slope():
+    finished, slope = _trajectory(), torch.tensor([0.5, 2.0, -1.0])
+    given = torch.randn(2, 2, 2, 4)  # two rows at two points
+    rows = rows_of([finished], [Asked(0, (1, 2), given), Asked(0, (2,), given[:, :1])], slope)
+    assert rows.points.tolist() == [1, 1, 2, 2, 2, 2]
+    assert rows.ages.tolist() == [0, 0, 0, 0, 1, 1]
+    assert rows.owners.tolist() == [[0, 0], [0, 1]] * 3
+    for index in range(len(rows)):
+        point, row = int(rows.points[index]), int(rows.owners[index, 1])
+        carried = rows.targets[index] + slope[point] * (finished.inputs[point, row] - rows.samples[index])
+        assert torch.allclose(carried, finished.answers[point, row], atol=1e-6)
+
+
+def test_a_perfect_answer_ends_in_one_sweep():
+    """An oracle that answers the targets: the rebuild lands on the sequential trajectory."""
+    origin = LoopSource(Net(), diffusers.DDIMScheduler(clip_sample=False), SHAPE)
+    _, slope = origin.levels(6)
+    finished, asked = origin.finished(6, [1]), []
+    model, base = origin.module, diffusers.DDIMScheduler(clip_sample=False)
+
+    class Oracle(torch.nn.Module):
+        def forward(self, sample, timestep):
+            if len(sample) == 1:
+                return model(sample, timestep)
+            rows = rows_of(finished, [Asked(0, tuple(range(6 - len(sample), 6)), sample[None])], slope)
+            asked.append(len(sample))
+            return rows.targets
+
+    ours = parallel(Oracle(), base, acceleration="secant", exact=False, sweeps=1, check_cost=False)
+    ours.set_timesteps(6)
+    current = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = current
+    with torch.no_grad():
+        for t in ours.timesteps:
+            current = ours.step(ours_model(ours, current, t), t, current).prev_sample
+        base.set_timesteps(6)
+        for t in base.timesteps:
+            expected = base.step(model(expected, t), t, expected).prev_sample
+    assert asked == [6]
+    assert_same_image(current, expected)
+
+
+def ours_model(scheduler, current, t):
+    """The oracle under the scheduler's hook."""
+    module = next(module for module, _ in scheduler._picard_binding._modules())
+    return module(current, t)
+
+
+def test_it_learns_and_leaves_the_model_as_it_was(tmp_path):
+    unet = diffusers.UNet2DModel.from_pretrained(_UNET).eval()
+    origin = LoopSource(unet, diffusers.DDIMScheduler(clip_sample=False), (1, 8, 8))
+    before = {name: value.clone() for name, value in origin.module.state_dict().items()}
+    told = []
+    choices = Training(**{**CHOICES, "turns": 12, "measure_every": 6, "batch": 48, "ema": 0.9})
+    pcm = train(origin, tmp_path, choices, progress=lambda turn, loss, measured: told.append((turn, measured)))
+    assert [turn for turn, measured in told if measured] == [6, 12]
+    assert told[-1][1]["error"] < 0.8 * told[-1][1]["base_error"]
+    assert not any(layer._forward_hooks for layer in origin.module.modules())
+    assert all(parameter.requires_grad for parameter in origin.module.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in origin.module.state_dict().items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picard.json", "pytorch_lora_weights.safetensors"]
+    assert pcm.card.steps == 6
+    assert pcm.card.training["history"][-1]["updates"] == 48
+    again = Consistency.load(tmp_path)
+    ours = parallel(origin.module, origin._base, pcm=again, check_cost=False)
+    ours.detach()
+
+
+def test_killed_it_goes_on_to_the_same_result(tmp_path):
+    whole = run(tmp_path / "whole", 6)
+    program = [sys.executable, str(Path(__file__).with_name("training_program.py")), str(tmp_path / "killed"), "6"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("3 "):  # a checkpoint is behind it, and a turn that is lost
+                process.kill()
+                break
+    assert (tmp_path / "killed" / "checkpoint.pt").is_file()
+    assert not (tmp_path / "killed" / "picard.json").exists()
+    resumed = run(tmp_path / "killed", 6)
+    assert resumed.card.switch == whole.card.switch
+    for name, pair in whole.lora.layers.items():
+        for one, other in zip(pair, resumed.lora.layers[name], strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+    assert not (tmp_path / "killed" / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Consistency, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, 2)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="of another training"):
+        run(tmp_path, 4)
+    assert run(tmp_path, 2).card.steps == 6  # the checkpoint was there: nothing was lost
+
+
+@pytest.mark.parametrize("build", [made.stable_diffusion, made.stable_diffusion_xl], ids=lambda build: build.__name__)
+def test_for_a_guided_pipeline(tmp_path, build):
+    pipe, arguments = build()
+    sequential = sample(pipe, arguments)
+    scheduler = pipe.scheduler
+    origin = PipelineSource(pipe, **arguments)
+    pcm = train(origin, tmp_path, Training(**{**CHOICES, "turns": 2, "samples": 2, "held_out": 2}))
+    assert pipe.scheduler is scheduler
+    assert torch.equal(sample(pipe, arguments), sequential)
+    pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=tmp_path, switch="hard", tolerance=0, check_cost=False)
+    assert_same_image(sample(pipe, arguments), sequential)
+    assert pipe.scheduler.report.guided_rounds == len(pcm.card.switch.from_signal)
+    pipe.scheduler.detach()
+
+
+def test_bf16_and_gradient_checkpointing(tmp_path):
+    torch.manual_seed(0)
+    model = made.unet()
+    origin = LoopSource(
+        model,
+        diffusers.DDIMScheduler(clip_sample=False),
+        (4, 8, 8),
+        lambda seeds: {"encoder_hidden_states": torch.ones(len(seeds), 5, 32)},
+    )
+    choices = {**CHOICES, "turns": 2, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    pcm = train(origin, tmp_path, Training(**choices))
+    assert all(torch.isfinite(up).all() for _, up in pcm.lora.layers.values())
+    assert any(bool(up.any()) for _, up in pcm.lora.layers.values())
+    assert not model.is_gradient_checkpointing
+
+
+def test_what_cannot_be_trained():
+    pipe, arguments = made.controlnet()
+    with pytest.raises(ValueError, match="has 2 denoisers"):
+        PipelineSource(pipe, **arguments)
+    with pytest.raises(ValueError, match="makes 11 model calls of 6 steps"):
+        LoopSource(Net(), diffusers.HeunDiscreteScheduler(), SHAPE).levels(6)
+    for choice in ({"steps": 0}, {"rank": 1.5}, {"ema": 1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(choice))} is"):
+            Training(**choice)
+
+
+@pytest.fixture
+def command():
+    return lambda *arguments: CliRunner().invoke(cli.app, ["picard", "train", *map(str, arguments)])
+
+
+def test_the_command(tmp_path, command):
+    pipe, _ = made.unconditional(diffusers.DDIMPipeline, diffusers.DDIMScheduler(clip_sample=False))
+    pipe.save_pretrained(tmp_path / "pipe")
+    config = tmp_path / "train.toml"
+    numbers = "\n".join(f"{name} = {value}" for name, value in CHOICES.items() if name not in ("steps", "rank"))
+    config.write_text(f'pipeline = "{tmp_path / "pipe"}"\n[call]\noutput_type = "np"\n[training]\n{numbers}\n')
+    result = command(config, "--out", tmp_path / "pcm", "--steps", 5, "--turns", 2, "--rank", 2)
+    assert result.exit_code == 0, result.output
+    assert "rounds on noise not trained on" in result.stdout
+    card = json.loads((tmp_path / "pcm" / "picard.json").read_text())
+    assert (card["steps"], card["rank"], card["base"]["name"]) == (5, 2, str(tmp_path / "pipe" / "unet"))
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", [], "no pipeline is named"),
+        ("[", [], "is no TOML"),
+        ('pipelin = "x"', [], "holds pipelin; there are"),
+        ('pipeline = "nowhere/at/all"', [], "nowhere/at/all"),
+        ('pipeline = "x"\n[training]\nstep = 5', [], "step"),
+        ('pipeline = "x"', ["--turns", "0"], "turns is 0"),
+    ],
+)
+def test_the_commands_errors(tmp_path, command, text, arguments, message):
+    config = tmp_path / "train.toml"
+    config.write_text(text)
+    result = command(config, *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
