@@ -123,11 +123,11 @@ class Plain(nn.Module):
 
 
 def scheduler_named(name: str, steps: int) -> Any:
-    """The scheduler; with "leading" timesteps where its own hold one twice, which makes its result not a number."""
+    """The scheduler; with "trailing" timesteps where its own hold one twice, which makes its result not a number."""
     scheduler = getattr(diffusers, name.split()[0])(**_SCHEDULERS[name])
     scheduler.set_timesteps(steps)
     twice = bool((scheduler.timesteps[1:] == scheduler.timesteps[:-1]).any()) and scheduler.order == 1
-    return type(scheduler).from_config(scheduler.config, timestep_spacing="leading") if twice else scheduler
+    return type(scheduler).from_config(scheduler.config, timestep_spacing="trailing") if twice else scheduler
 
 
 @torch.no_grad()
