@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -87,3 +90,32 @@ def test_a_pipelines_call_is_seen_from_inside_only() -> None:
 def test_a_stranger_is_not_a_pipeline() -> None:
     with pytest.raises(TypeError, match="takes a diffusers pipeline, and got a Linear"):
         host.pipeline_denoisers(torch.nn.Linear(1, 1))
+
+
+def test_a_pipeline_from_a_folder_and_its_models_names(tmp_path: Path) -> None:
+    unet = diffusers.UNet2DModel(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    assert host.model_name(unet) == "UNet2DModel"
+    assert host.model_name(torch.nn.Linear(1, 1)) == "Linear"
+    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    pipe = host.load_pipeline(str(tmp_path), "cpu")
+    assert host.model_name(pipe.unet) == str(tmp_path / "unet")
+    assert host.component_name(pipe, pipe.unet) == "unet"
+    assert {"batch_size", "generator", "num_inference_steps"} <= host.call_arguments(pipe)
+
+
+def test_taking_a_hook_off_returns_what_it_called() -> None:
+    def around(forward: Callable[..., Any], *args: Any) -> Any:
+        return forward(*args)
+
+    module = torch.nn.Linear(1, 1)
+    assert host.unhook_forward(module, "test") is None
+    for compiled in (False, True):
+        if compiled:
+            module.compile(backend="eager")
+        host.hook_forward(module, "test", around)
+        assert host.unhook_forward(module, "test") is around
