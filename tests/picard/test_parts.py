@@ -163,10 +163,10 @@ def test_options_go_through_a_config() -> None:
 
 
 def test_cost_says_when_parallel_is_slower() -> None:
-    assert Cost(single=1.0, sweep=2.0, points=50).speedup(steps=50, rounds=5) == 5.0
+    assert Cost(single=1.0, sweep=2.0, points=50).speedup(steps=50, sweeps=5) == 5.0
     losing = Cost(single=1.0, sweep=50.0, points=50)
-    assert losing.speedup(steps=50, rounds=5) < 1
-    assert "5 sweeps take 250 s where 50 steps take 50 s" in losing.warning(50, 5)
+    assert losing.speedup(steps=50, sweeps=5) < 1
+    assert "5.0 such sweeps, takes 250 s where 50 steps take 50 s" in losing.warning(50, 5)
 
 
 def test_a_report_is_saved_loaded_and_drawn(tmp_path: object) -> None:

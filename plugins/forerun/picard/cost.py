@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Cost", "expected_rounds", "seconds"]
+__all__ = ["Cost", "expected_sweeps", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,27 @@ class Cost:
     sweep: float
     points: int
 
-    def speedup(self, steps: int, rounds: int) -> float:
-        """Seconds of `steps` sequential calls over seconds of `rounds` sweeps; below 1, parallel sampling is slower."""
-        return steps * self.single / (rounds * self.sweep)
+    def speedup(self, steps: int, sweeps: float) -> float:
+        """Seconds of `steps` sequential calls over seconds of `sweeps` full ones; below 1, parallel is slower."""
+        return steps * self.single / (sweeps * self.sweep)
 
-    def warning(self, steps: int, rounds: int) -> str:
+    def warning(self, steps: int, sweeps: float) -> str:
         return (
-            f"parallel sampling will be slower here: a sweep of {self.points} points takes {self.sweep:.3g} s and "
-            f"a step {self.single:.3g} s, so {rounds} sweeps take {rounds * self.sweep:.3g} s where {steps} steps take "
-            f"{steps * self.single:.3g} s. Use a larger device or several, a smaller window, or auto=True, which steps "
-            "aside by itself"
+            f"parallel sampling will be slower here: a sweep of {self.points} points takes {self.sweep:.3g} s and a "
+            f"step {self.single:.3g} s, so a run, as much work as {sweeps:.1f} such sweeps, takes "
+            f"{sweeps * self.sweep:.3g} s where {steps} steps take {steps * self.single:.3g} s. Use a larger device or "
+            "several, a smaller window, or auto=True, which steps aside by itself"
         )
 
 
-def expected_rounds(steps: int, window: int) -> int:
-    """Rounds to expect before a first run has shown them: what the digits benchmark needs (examples/benchmarks).
+def expected_sweeps(steps: int, window: int) -> float:
+    """Work to expect, in sweeps of a full window, before a first run has shown it: what the digits benchmark needs.
 
-    A window that slides needs its share of them again for every window.
+    A run that sees all points at once takes 5 T^0.1 rounds, and half of their points: the others are final by then. A
+    window that slides stays full, and needs the rounds again for every second window.
     """
-    whole: int = min(steps, round(5 * steps**0.1))
-    return max(whole, round(whole * steps / (2 * window)))
+    rounds: float = min(steps, 5 * steps**0.1)
+    return rounds * steps / (2 * window)
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

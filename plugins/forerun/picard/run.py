@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from forerun.picard.base_solver import BaseScheduler, SchedulerSolver, input_factors, noise_levels
-from forerun.picard.cost import Cost, expected_rounds
+from forerun.picard.cost import Cost, expected_sweeps
 from forerun.picard.denoiser import Sweep
 from forerun.picard.draws import Draws
 from forerun.picard.levels import NoiseLevels
@@ -43,7 +43,7 @@ class Setting:
 class Memory:
     """What one run leaves for the next."""
 
-    rounds: dict[tuple[int, int], int] = field(default_factory=dict)  # rounds that (steps, window) took
+    sweeps: dict[tuple[int, int], float] = field(default_factory=dict)  # full ones' work that (steps, window) took
     cost: dict[tuple[int, int], Cost] = field(default_factory=dict)  # by window and batch
     trajectory: Tensor | None = None  # [T + 1, B, ...], kept for a warm start
     report: Report | None = None
@@ -312,9 +312,9 @@ class Run:
         fitting = (cost for (size, rows), cost in costs if size == self._size and batch in (rows, None))
         return any(cost.speedup(self.points, self._expected()) < 1 for cost in fitting)
 
-    def _expected(self) -> int:
-        known = self._memory.rounds.get((self.points, self._size))
-        return known or expected_rounds(self.points, self._size)
+    def _expected(self) -> float:
+        known = self._memory.sweeps.get((self.points, self._size))
+        return known or expected_sweeps(self.points, self._size)
 
     def _step_aside_if_slower(self) -> None:
         """After the measured sweep: says that parallel sampling is slower here, or steps aside."""
@@ -334,7 +334,7 @@ class Run:
             self._stepped_aside = True
             self._window.narrow(1)
         else:
-            warnings.warn(cost.warning(self.points, self._expected()), stacklevel=4)
+            warnings.warn(cost.warning(self.points, self._expected()), stacklevel=5)
 
     def _how_it_ended(self, window: Window[SchedulerSolver]) -> str:
         if window.ended_early:
@@ -350,7 +350,7 @@ class Run:
             if self._options.warm_start:
                 self._memory.trajectory = window.trajectory
             if not self._stepped_aside:
-                self._memory.rounds[self.points, self._size] = window.rounds
+                self._memory.sweeps[self.points, self._size] = window.evaluations / self._size
         if self._stepped_aside and stopped != "interrupted":
             stopped = "stepped aside"
         cost = self._memory.cost.get(self._key(len(window.frontier)))
