@@ -231,7 +231,9 @@ class Window(Generic[S]):
         predictor = self._predictor
         if guided:
             assert self._levels is not None
-            predictor = Guided(predictor, self._levels, weights)
+            # Plain iteration would carry the answers before the PCM's to other places than it was trained at.
+            base = predictor if isinstance(predictor, Secant) else Secant(self._levels)
+            predictor = Guided(base, self._levels, weights)
         rebuilt, change, growth, size = self._rebuild(predictor, old, outputs)
         if guided and not size < _IMPLAUSIBLE:
             self._refuse_guide(outputs[:own])
