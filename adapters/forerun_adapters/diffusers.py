@@ -24,6 +24,7 @@ from diffusers.hooks import HookRegistry, ModelHook  # noqa: E402
 __all__ = [
     "SchedulerMixin",
     "call_arguments",
+    "checkpoint_gradients",
     "component_name",
     "forward_signature",
     "hook_forward",
@@ -90,6 +91,18 @@ def model_name(module: nn.Module) -> str:
     """What a model was loaded from; its class where that is not known."""
     config = getattr(_unwrapped(module), "config", {})
     return str(getattr(config, "_name_or_path", "") or family_name(module))
+
+
+def checkpoint_gradients(module: nn.Module, on: bool) -> None:
+    """Makes a diffusers model compute activations again in a backward pass, or no longer.
+
+    Raises:
+        ValueError: The model cannot.
+    """
+    switch: Any = getattr(module, "enable_gradient_checkpointing" if on else "disable_gradient_checkpointing", None)
+    if switch is None or not getattr(module, "_supports_gradient_checkpointing", False):
+        raise ValueError(f"{family_name(module)} has no gradient checkpointing: train without it")
+    switch()
 
 
 def forward_signature(module: nn.Module) -> inspect.Signature:

@@ -100,10 +100,7 @@ def noise_levels(scheduler: BaseScheduler, timesteps: Tensor) -> NoiseLevels | N
 
     None where the scheduler's prediction type is not known.
     """
-    probe = _copy(scheduler)
-    for name in ("_begin_index", "_step_index"):
-        if hasattr(probe, name):
-            setattr(probe, name, None)
+    probe = _rewound(scheduler)
     timesteps = timesteps.cpu()
     probe.timesteps = torch.as_tensor(probe.timesteps).cpu()
     one = torch.ones(len(timesteps), dtype=torch.float64)
@@ -132,9 +129,18 @@ def noise_levels(scheduler: BaseScheduler, timesteps: Tensor) -> NoiseLevels | N
 
 def input_factors(scheduler: BaseScheduler, timesteps: Tensor) -> Tensor:
     """`[T]` what the scheduler multiplies a sample by before the model is given it."""
-    solver = SchedulerSolver(scheduler, timesteps, {}, Draws(None, torch.device("cpu")))
+    solver = SchedulerSolver(_rewound(scheduler), timesteps, {}, Draws(None, torch.device("cpu")))
     one = torch.ones(1, dtype=torch.float64)
     return torch.cat([solver.scale(one, point) for point in range(len(timesteps))])
+
+
+def _rewound(scheduler: BaseScheduler) -> BaseScheduler:
+    """A copy that stands at no step yet."""
+    copy = _copy(scheduler)
+    for name in ("_begin_index", "_step_index"):
+        if hasattr(copy, name):
+            setattr(copy, name, None)
+    return copy
 
 
 def _copy(scheduler: BaseScheduler) -> BaseScheduler:

@@ -22,7 +22,7 @@ from forerun.picard.cost import seconds
 from forerun.picard.lora import RowLora
 from forerun.picard.ranks import PointRanks
 
-__all__ = ["Asked", "Denoiser", "Family", "Sweep"]
+__all__ = ["Asked", "Denoiser", "Family", "Sweep", "time_argument"]
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class _Call:
         self._sweep = sweep
         names = list(denoiser.signature.parameters)
         self._sample_name = names[0]
-        self._time_name = _time_argument(denoiser.name, names)
+        self._time_name = time_argument(denoiser.name, names)
         self._sample: Tensor = bound.arguments[self._sample_name]
         self._time = bound.arguments[self._time_name]
         self._rows = self._sample.shape[0]
@@ -339,7 +339,7 @@ def _check_conditioning(denoiser: Denoiser, bound: inspect.BoundArguments, sweep
 
 def _conditioning(denoiser: Denoiser, bound: inspect.BoundArguments) -> Iterator[tuple[str, int, Tensor]]:
     names = list(denoiser.signature.parameters)
-    skipped = {names[0], _time_argument(denoiser.name, names), *denoiser.family.made_by_denoisers}
+    skipped = {names[0], time_argument(denoiser.name, names), *denoiser.family.made_by_denoisers}
     for name, value in bound.arguments.items():
         if name not in skipped:
             for index, leaf in enumerate(pytree.tree_leaves(value)):
@@ -347,7 +347,8 @@ def _conditioning(denoiser: Denoiser, bound: inspect.BoundArguments) -> Iterator
                     yield name, index, leaf
 
 
-def _time_argument(denoiser: str, names: list[str]) -> str:
+def time_argument(denoiser: str, names: list[str]) -> str:
+    """The name of a denoiser's timestep among those of its arguments."""
     for name in ("timestep", "timesteps", "t"):
         if name in names:
             return name

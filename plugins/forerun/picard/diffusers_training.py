@@ -5,16 +5,21 @@ train(PipelineSource(pipe, prompt=["a cat", "a dog"]), Path("pcm"), Training(ste
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils import _pytree as pytree
 
 from forerun.picard import rules
 from forerun.picard.base_solver import input_factors, noise_levels
-from forerun.picard.consistency import Consistency
-from forerun.picard.denoiser import Asked
+from forerun.picard.consistency import Base, Consistency
+from forerun.picard.denoiser import Asked, time_argument
 from forerun.picard.diffusers import PicardScheduler, parallel
 from forerun.picard.levels import NoiseLevels
 from forerun.picard.trajectories import Trajectory, recorded
@@ -26,7 +31,7 @@ __all__ = ["LoopSource", "PipelineSource"]
 _TELLING = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "timestep_spacing")
 
 
-class _Source:
+class _Source(ABC):
     """What both sources share; they say how to sample."""
 
     module: nn.Module
@@ -34,14 +39,20 @@ class _Source:
     unbatched: frozenset[str]
 
     def __init__(self, base: Any) -> None:
-        self._base = base.detach() if isinstance(base, PicardScheduler) else base
+        if isinstance(base, PicardScheduler):
+            raise ValueError("the scheduler samples in parallel already: train with the one that detach() returns")
+        self._base = base
+        self._signature = host.forward_signature(self.module)
+        names = list(self._signature.parameters)
+        self.sample_name, self.time_name = names[0], time_argument(host.family_name(self.module), names)
         self.name = host.model_name(self.module)
         self.scheduler = type(self._base).__name__
         self.scheduler_config = {name: self._base.config[name] for name in _TELLING if name in self._base.config}
 
+    @torch.no_grad()
     def levels(self, steps: int) -> tuple[NoiseLevels, Tensor]:
-        scheduler = type(self._base).from_config(self._base.config)
-        scheduler.set_timesteps(steps)
+        self._sample(self._base, steps, [0])  # some pipelines compute the noise levels themselves
+        scheduler = self._base
         if len(scheduler.timesteps) != steps:
             raise ValueError(
                 f"{self.scheduler} makes {len(scheduler.timesteps)} model calls of {steps} steps; train with one that "
@@ -54,7 +65,7 @@ class _Source:
 
     @torch.no_grad()
     def finished(self, steps: int, seeds: Sequence[int]) -> list[Trajectory]:
-        with recorded(self.module, lambda: steps) as trajectories:
+        with recorded(self.module, self._signature, steps) as trajectories:
             self._sample(self._base, steps, seeds)
         return trajectories
 
@@ -79,11 +90,30 @@ class _Source:
         assert scheduler.report is not None
         return scheduler.report.rounds
 
-    def _parallel(self, **options: Any) -> PicardScheduler:
-        raise NotImplementedError
+    def fingerprint(self) -> str:
+        config = {name: value for name, value in sorted(self._base.config.items()) if not name.startswith("_")}
+        settings = json.dumps([self.scheduler, config, asdict(Base.of(self.module, ""))], default=str)
+        digest = sha256(settings.encode())
+        for keys, leaf in pytree.tree_flatten_with_path(self._given())[0]:
+            digest.update(f"{pytree.keystr(keys)} {getattr(leaf, 'shape', leaf)}".encode())
+            if isinstance(leaf, Tensor):
+                digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
+    def checkpoint_gradients(self, on: bool) -> None:
+        host.checkpoint_gradients(self.module, on)
+
+    @abstractmethod
+    def _given(self) -> Mapping[str, Any]:
+        """What is given besides noise: prompts, conditioning."""
+
+    @abstractmethod
+    def _parallel(self, **options: Any) -> PicardScheduler:
+        """The base scheduler in parallel, on the denoiser."""
+
+    @abstractmethod
     def _sample(self, scheduler: Any, steps: int, seeds: Sequence[int]) -> None:
-        raise NotImplementedError
+        """One run of a scheduler, from the seeds' noise."""
 
 
 class PipelineSource(_Source):
@@ -109,6 +139,9 @@ class PipelineSource(_Source):
         self.component = host.component_name(pipe, self.module)
         self.unbatched = rules.family(host.family_name(self.module), None).unbatched
         super().__init__(pipe.scheduler)
+
+    def _given(self) -> Mapping[str, Any]:
+        return self._arguments
 
     def _parallel(self, **options: Any) -> PicardScheduler:
         return PicardScheduler.from_pipe(self._pipe, check_cost=False, **options)
@@ -153,6 +186,9 @@ class LoopSource(_Source):
         self.module, self._shape, self._conditioning = model, tuple(shape), conditioning
         self.unbatched = frozenset(unbatched)
         super().__init__(scheduler)
+
+    def _given(self) -> Mapping[str, Any]:
+        return self._conditioning([0])
 
     def _parallel(self, **options: Any) -> PicardScheduler:
         return parallel(self.module, self._base, unbatched=tuple(self.unbatched), check_cost=False, **options)

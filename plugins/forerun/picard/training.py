@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from forerun.picard.consistency import Base, Card, Consistency
 from forerun.picard.denoiser import Asked
@@ -98,6 +99,14 @@ class Source(Protocol):
     scheduler: str  # class
     scheduler_config: dict[str, Any]
     unbatched: frozenset[str]  # arguments of the module without a batch axis
+    sample_name: str  # of the module's argument
+    time_name: str
+
+    def fingerprint(self) -> str:
+        """Tells sources apart: the model, the scheduler's settings, the arguments."""
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Makes the module compute activations again in a backward pass, or no longer."""
 
     def levels(self, steps: int) -> tuple[NoiseLevels, Tensor]:
         """Noise levels of the points, and `[T]` the slope of the answer in the model's input, for Gaussian data."""
@@ -135,11 +144,12 @@ def train(
         progress: Is told how it goes.
 
     Raises:
-        ValueError: The checkpoint in `out` is of another training.
+        ValueError: The checkpoint in `out` is of another training, or the module cannot be trained as asked.
         OSError: The disk does not take the result; no broken file is left.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with _Trainer(source, out, training, cache) as trainer:
+    with contextlib.ExitStack() as undone:
+        trainer = _Trainer(source, out, training, cache, undone)
         for turn in range(trainer.turn, training.turns):
             loss = trainer.run_turn(turn)
             last = turn + 1 == training.turns
@@ -170,8 +180,8 @@ class _Adapted(nn.Module):
         self._module = [module]  # in a list: not a part, so that it is neither saved nor averaged
         self._rows = self.lora().on(module)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return first_tensor(self._module[0](*args, **kwargs))
+    def forward(self, **arguments: Any) -> Tensor:
+        return first_tensor(self._module[0](**arguments))
 
     def on_all(self, rows: int) -> contextlib.AbstractContextManager[None]:
         """Within, also in a backward pass that computes activations again, all rows have the LoRA."""
@@ -185,22 +195,29 @@ class _Adapted(nn.Module):
 
 
 class _Trainer:
-    """The state of a training."""
+    """The state of a training; what it does to the module is `undone`."""
 
-    def __init__(self, source: Source, out: Path, training: Training, cache: Path | None) -> None:
+    def __init__(
+        self, source: Source, out: Path, training: Training, cache: Path | None, undone: contextlib.ExitStack
+    ) -> None:
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(
             mixed_precision=training.mixed_precision, cpu=next(source.module.parameters()).device.type == "cpu"
         )
-        self._source, self._out, self._training, self._cache = source, out, training, cache
+        self._source, self._out, self._training = source, out, training
+        self._fingerprint = source.fingerprint()
+        self._cache = None if cache is None else cache / self._fingerprint
         self._levels, self._slope = source.levels(training.steps)
-        self._frozen = [parameter for parameter in source.module.parameters() if parameter.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        for parameter in source.module.parameters():
+            if parameter.requires_grad:
+                undone.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
         if training.gradient_checkpointing:
-            source.module.enable_gradient_checkpointing()  # type: ignore[operator]
+            source.checkpoint_gradients(True)
+            undone.callback(source.checkpoint_gradients, False)
         self._adapted = _Adapted(source.module, training.rank, torch.Generator().manual_seed(training.seed))
+        undone.callback(self._adapted.release)
         self._optimizer = torch.optim.Adam(self._adapted.parameters(), training.learning_rate)
         self._ema = {name: value.detach().clone() for name, value in self._adapted.named_parameters()}
         self._switch = Switch((0.0,) * training.ages, watch=False)
@@ -211,17 +228,6 @@ class _Trainer:
         self._plain_rounds = source.rounds(training.steps, self._held_out_seeds(), None)
         self.turn = self._resume()
         self._model, self._stepper = self.accelerator.prepare(self._adapted, self._optimizer)
-
-    def __enter__(self) -> _Trainer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """The module is as it was."""
-        self._adapted.release()
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        if self._training.gradient_checkpointing:
-            self._source.module.disable_gradient_checkpointing()  # type: ignore[operator]
 
     def run_turn(self, turn: int) -> float:
         """New trajectories and the updates on them; the mean loss."""
@@ -274,7 +280,7 @@ class _Trainer:
             return
         content = io.BytesIO()
         state = {
-            "training": json.dumps(asdict(self._training)),
+            "training": self._identity(),
             "turn": turn,
             "updates": self._updates,
             "parameters": self._adapted.state_dict(),
@@ -293,9 +299,10 @@ class _Trainer:
         if not path.is_file():
             return 0
         state = torch.load(path, weights_only=True, map_location="cpu")
-        if state["training"] != json.dumps(asdict(self._training)):
+        if state["training"] != self._identity():
             raise ValueError(
-                f"{path} is of another training ({state['training']}); go on with its choices, or give another folder"
+                f"{path} is of another training ({state['training']}, this one: {self._identity()}); go on with its "
+                "model and choices, or give another folder"
             )
         self._adapted.load_state_dict(state["parameters"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -305,6 +312,9 @@ class _Trainer:
         self._switch = Switch(tuple(state["switch"]), watch=False)
         turn: int = state["turn"]
         return turn
+
+    def _identity(self) -> str:
+        return json.dumps({"source": self._fingerprint, **asdict(self._training)})
 
     def _rows(self, seeds: list[int]) -> tuple[Rows, list[Trajectory]]:
         steps, ages = self._training.steps, self._training.ages
@@ -348,14 +358,16 @@ class _Trainer:
         """`[N, ...]` the model's answers at rows, each under its own conditioning."""
         device = next(self._source.module.parameters()).device
         times = finished[0].times[rows.points].to(device)
-        names = {name: self._conditioning(name, rows, finished, device) for name in finished[0].others}
-        return first_tensor(model(rows.samples.to(device), times, **names))
+        given = {self._source.sample_name: rows.samples.to(device), self._source.time_name: times}
+        others = {name: self._conditioning(name, rows, finished, device) for name in finished[0].others}
+        return first_tensor(model(**given, **others))
 
     def _conditioning(self, name: str, rows: Rows, finished: list[Trajectory], device: torch.device) -> Any:
         values = [trajectory.others[name] for trajectory in finished]
         if name in self._source.unbatched:
-            return _moved(values[0], device)
-        return _gathered(values, rows.owners, finished[0].inputs.shape[1], device)
+            return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), values[0])
+        count = finished[0].inputs.shape[1]
+        return pytree.tree_map(lambda *leaves: _gathered(leaves, rows.owners, count, device), *values)
 
     def _errors(self, rows: Rows, finished: list[Trajectory], lora: Lora | None) -> Tensor:
         """`[N]` of the base model's answers, or of the LoRA's."""
@@ -407,17 +419,13 @@ def _best_switch(base: Tensor, pcm: Tensor, levels: NoiseLevels) -> Switch:
     return Switch(tuple(found) or (1e9,), watch=False)
 
 
-def _gathered(values: list[Any], owners: Tensor, rows: int, device: torch.device) -> Any:
+def _gathered(values: Sequence[Any], owners: Tensor, rows: int, device: torch.device) -> Any:
     """An argument for rows that belong to different trajectories."""
-    if isinstance(values[0], dict):
-        return {key: _gathered([value[key] for value in values], owners, rows, device) for key in values[0]}
-    if not isinstance(values[0], Tensor) or values[0].ndim == 0 or values[0].shape[0] == 1 != rows:
-        return _moved(values[0], device)
+    if not isinstance(values[0], Tensor):
+        return values[0]
+    if values[0].ndim == 0 or values[0].shape[0] == 1 != rows:
+        return values[0].to(device)
     if values[0].shape[0] != rows:
         raise ValueError(f"an argument of the model has {values[0].shape[0]} rows where its samples have {rows}")
-    found: Tensor = torch.stack(values).to(device)[owners[:, 0].to(device), owners[:, 1].to(device)]
+    found: Tensor = torch.stack(list(values)).to(device)[owners[:, 0].to(device), owners[:, 1].to(device)]
     return found
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from forerun.picard.denoiser import time_argument
 from forerun.picard.files import write_whole
 
 __all__ = ["Trajectory", "cached", "first_tensor", "recorded"]
@@ -45,11 +46,13 @@ class Trajectory:
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, whole or not at all."""
-        leaves = {_name(keys): leaf for keys, leaf in pytree.tree_flatten_with_path(dict(self.others))[0]}
-        tensors = {f"others/{name}": leaf.contiguous() for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-        plain = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+        leaves, structure = pytree.tree_flatten(dict(self.others))
+        tensors = {
+            f"others/{index}": leaf.contiguous() for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+        }
+        plain = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
         tensors |= {name: getattr(self, name).contiguous() for name in ("inputs", "answers", "times")}
-        write_whole(path, save(tensors, {"plain": json.dumps(plain)}))
+        write_whole(path, save(tensors, {"plain": json.dumps(plain), "structure": pytree.treespec_dumps(structure)}))
 
     @classmethod
     def load(cls, path: Path) -> Trajectory:
@@ -61,12 +64,15 @@ class Trajectory:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-                leaves = json.loads(file.metadata()["plain"])
+                told = file.metadata()
             inputs, answers, times = (tensors.pop(name) for name in ("inputs", "answers", "times"))
+            leaves = {int(index): leaf for index, leaf in json.loads(told["plain"]).items()}
+            leaves |= {int(name.removeprefix("others/")): tensor for name, tensor in tensors.items()}
+            structure = pytree.treespec_loads(told["structure"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} holds no trajectory: {error}; delete it, and it will be made again") from error
-        leaves |= {name.removeprefix("others/"): tensor for name, tensor in tensors.items()}
-        return cls(inputs, answers, times, _nested(leaves))
+        others = pytree.tree_unflatten([leaves[index] for index in range(len(leaves))], structure)
+        return cls(inputs, answers, times, others)
 
 
 def cached(path: Path, make: Callable[[], list[Trajectory]]) -> list[Trajectory]:
@@ -82,18 +88,18 @@ def cached(path: Path, make: Callable[[], list[Trajectory]]) -> list[Trajectory]
 
 
 @contextlib.contextmanager
-def recorded(module: nn.Module, steps: Callable[[], int]) -> Iterator[list[Trajectory]]:
+def recorded(module: nn.Module, signature: inspect.Signature, steps: int) -> Iterator[list[Trajectory]]:
     """Records the sequential run inside; the list holds, after it, a trajectory per call that a step makes.
 
     Args:
         module: The denoiser.
-        steps: How many steps the run had, asked after it.
+        signature: What its `forward` takes.
+        steps: How many the run has.
 
     Raises:
         ValueError: An argument of the model changes from step to step, or is of a kind that cannot be kept.
     """
     calls: list[tuple[inspect.BoundArguments, Tensor]] = []
-    signature = inspect.signature(getattr(module, "_orig_mod", module).forward)
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append((signature.bind(*args, **kwargs), first_tensor(output)))
@@ -104,9 +110,9 @@ def recorded(module: nn.Module, steps: Callable[[], int]) -> Iterator[list[Traje
         yield made
     finally:
         handle.remove()
-    each = len(calls) // steps()
-    if not each or len(calls) != each * steps():
-        raise ValueError(f"the run called its model {len(calls)} times for {steps()} steps: it cannot be recorded")
+    each = len(calls) // steps
+    if not each or len(calls) != each * steps:
+        raise ValueError(f"the run called its model {len(calls)} times for {steps} steps: it cannot be recorded")
     made += [_trajectory(calls[slot::each]) for slot in range(each)]
 
 
@@ -118,7 +124,7 @@ def first_tensor(output: Any) -> Tensor:
 
 def _trajectory(calls: list[tuple[inspect.BoundArguments, Tensor]]) -> Trajectory:
     names = list(calls[0][0].signature.parameters)
-    sample, time = names[0], next(name for name in ("timestep", "timesteps", "t") if name in names)
+    sample, time = names[0], time_argument("the model", names)
     others = [{k: v for k, v in bound.arguments.items() if k not in (sample, time)} for bound, _ in calls]
     for later in others[1:]:
         _check_same(others[0], later)
@@ -133,7 +139,9 @@ def _trajectory(calls: list[tuple[inspect.BoundArguments, Tensor]]) -> Trajector
 def _kept(arguments: dict[str, Any]) -> dict[str, Any]:
     for keys, leaf in pytree.tree_flatten_with_path(arguments)[0]:
         if not isinstance(leaf, (Tensor, *_PLAIN)):
-            raise ValueError(f"the model's argument {_name(keys)} is a {type(leaf).__name__}, which cannot be kept")
+            raise ValueError(
+                f"the model's argument {pytree.keystr(keys)} is a {type(leaf).__name__}, which cannot be kept"
+            )
     return arguments
 
 
@@ -142,21 +150,6 @@ def _check_same(first: dict[str, Any], later: dict[str, Any]) -> None:
         same = torch.equal(one, other) if isinstance(one, Tensor) else one == other
         if not same:
             raise ValueError(
-                f"the model's argument {_name(keys)} changes from step to step: a Picard Consistency Model can only be "
-                "trained for a model whose conditioning stays"
+                f"the model's argument {pytree.keystr(keys)} changes from step to step: a Picard Consistency Model can "
+                "only be trained for a model whose conditioning stays"
             )
-
-
-def _name(keys: tuple[Any, ...]) -> str:
-    return "/".join(str(key.key) for key in keys)
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    root: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *path, last = name.split("/")
-        inner = root
-        for key in path:
-            inner = inner.setdefault(key, {})
-        inner[last] = leaf
-    return root
