@@ -14,7 +14,8 @@ sweeps the first k points are final, so the limit, reached in at most T sweeps, 
     opening.py    a run's first sweep, asked before the run has seen its batch
     switch.py     model switching: which points a Picard Consistency Model answers, and with what weight
     consistency.py, lora.py   such a model on disk, and on a base model, its scale each row's own
-    training.py   trains one: trajectories.py the sequential runs, objective.py what should have been answered
+    training.py   trains one: training_choices.py what it is given, trainer.py its state turn by turn,
+                  trajectories.py the sequential runs, objective.py what should have been answered
     options.py    what a user chooses
     run.py        one loop over timesteps, each turn a sweep, until the window is done
     ranks.py      a window's points over the ranks of a process group
