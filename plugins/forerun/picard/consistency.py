@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -137,6 +138,27 @@ class Consistency:
             raise ValueError(f"{folder} holds a broken Picard Consistency Model: {error}") from error
         return cls(card, Lora(layers, scale=1.0), component)
 
+    @classmethod
+    def given(cls, pcm: Consistency | str | os.PathLike[str] | None, switch: Switch | str) -> Consistency | None:
+        """What a user asked for: a PCM, or the folder of one, under a switch or the name of one.
+
+        Raises:
+            ValueError: There is no switch of that name.
+        """
+        if pcm is None:
+            return None
+        found = pcm if isinstance(pcm, Consistency) else cls.load(pcm)
+        ages = (0.0,) * len(found.card.switch.from_signal)
+        named = {
+            "auto": found.card.switch,
+            "hard": Switch(ages, watch=False),
+            "linear": Switch(ages, True, watch=False),
+        }
+        chosen = named.get(switch, switch) if isinstance(switch, str) else switch
+        if not isinstance(chosen, Switch):
+            raise ValueError(f"switch is {switch!r}; give one of {', '.join(named)}, or a Switch")
+        return replace(found, card=replace(found.card, switch=chosen))
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes both files; each appears whole or not at all.
 
@@ -152,9 +174,6 @@ class Consistency:
         write_whole(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
         write_whole(folder / _CARD, self.card.as_json().encode())
 
-    def with_switch(self, switch: Switch) -> Consistency:
-        return replace(self, card=replace(self.card, switch=switch))
-
     def check(self, module: nn.Module, name: str) -> None:
         """Raises ValueError unless `module` is the base that it was trained from."""
         found = Base.of(module, name)
@@ -163,6 +182,18 @@ class Consistency:
             raise ValueError(
                 f"this Picard Consistency Model was trained from {self.card.base}, and the pipeline's model is {found}"
                 f"{alike}; train one for it: forerun picard train"
+            )
+
+    def warn_unless_for(self, scheduler: str, config: Mapping[str, Any]) -> None:
+        """Warns of a scheduler, or of settings, that it was not trained for: they cost rounds, not the result."""
+        trained = self.card.scheduler_config.items()
+        differing = sorted(name for name, value in trained if name in config and config[name] != value)
+        if scheduler != self.card.scheduler or differing:
+            settings = f" ({', '.join(differing)} differ)" if differing else ""
+            warnings.warn(
+                f"the Picard Consistency Model was trained for {self.card.scheduler}, and runs under "
+                f"{scheduler}{settings}: the result stays the base model's, but it may take more rounds",
+                stacklevel=5,
             )
 
 

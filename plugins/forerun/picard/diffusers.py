@@ -82,6 +82,7 @@ class PicardScheduler:
 
     _base_class: type[Any]
     timesteps: Tensor
+    config: Any  # the base scheduler's
 
     # What an instance holds until `_choose`: some base schedulers set timesteps while they are made.
     _picard_options = Options()
@@ -130,7 +131,7 @@ class PicardScheduler:
         scheduler = _parallel_scheduler(pipe.scheduler, options)
         families = [rules.family(host.family_name(module), unbatched) for module in denoisers]
         ranks = PointRanks(group, timeout) if distributed or group is not None else None
-        scheduler._bind(zip(denoisers, families, strict=True), ranks, pipe, _consistency(pcm, switch))
+        scheduler._bind(zip(denoisers, families, strict=True), ranks, pipe, Consistency.given(pcm, switch))
         return scheduler
 
     @classmethod
@@ -180,7 +181,7 @@ class PicardScheduler:
         """Takes the hooks off and returns the base scheduler; assigns nothing: `pipe.scheduler = …detach()`."""
         self._picard_binding.undo()
         self._picard_run = None
-        config = {name: value for name, value in self.config.items() if name != _OPTIONS_KEY}  # type: ignore[attr-defined]
+        config = {name: value for name, value in self.config.items() if name != _OPTIONS_KEY}
         return self._base_class.from_config(config)
 
     @property
@@ -252,20 +253,7 @@ class PicardScheduler:
         )
         if consistency is not None:
             self._picard_switch = consistency.card.switch
-            self._warn_of_another_scheduler(consistency)
-
-    def _warn_of_another_scheduler(self, consistency: Consistency) -> None:
-        trained, config = consistency.card, dict(self.config)  # type: ignore[attr-defined]
-        differing = sorted(
-            name for name, value in trained.scheduler_config.items() if name in config and config[name] != value
-        )
-        if trained.scheduler != self._base_class.__name__ or differing:
-            warnings.warn(
-                f"the Picard Consistency Model was trained for {trained.scheduler}, and runs under "
-                f"{self._base_class.__name__} ({', '.join(differing) or 'the same settings'} differ): the result stays "
-                "the base model's, but it may take more rounds",
-                stacklevel=4,
-            )
+            consistency.warn_unless_for(self._base_class.__name__, self.config)
 
     def _turns(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The turns of one loop over (a part of) `timesteps`."""
@@ -277,7 +265,7 @@ class PicardScheduler:
             setting = Setting(
                 widened=setting.widened,
                 mirrored=rules.is_mirrored(pipe, host.pipeline_arguments(pipe) or {}),
-                cuts=rules.cuts(pipe, timesteps, self.config.num_train_timesteps),  # type: ignore[attr-defined]
+                cuts=rules.cuts(pipe, timesteps, self.config.num_train_timesteps),
                 ranks=setting.ranks,
                 switch=setting.switch,
                 guidance=functools.partial(_guidance, weakref.ref(pipe)),
@@ -320,10 +308,10 @@ class PicardScheduler:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy without denoisers: hooks belong to the scheduler that set them."""
-        return type(self).from_config(self.config)  # type: ignore[attr-defined,no-any-return]
+        return type(self).from_config(self.config)  # type: ignore[no-any-return]
 
     def __reduce__(self) -> Any:
-        return _rebuilt, (self._base_class.__name__, dict(self.config))  # type: ignore[attr-defined]
+        return _rebuilt, (self._base_class.__name__, dict(self.config))
 
 
 def parallel(
@@ -364,21 +352,8 @@ def parallel(
         raise TypeError(f"parallel takes a torch module, whose calls it can widen, and got a {type(model).__name__}")
     made = _parallel_scheduler(scheduler, options)
     ranks = PointRanks(group, timeout) if distributed or group is not None else None
-    made._bind([(model, Family(frozenset(unbatched)))], ranks, consistency=_consistency(pcm, switch))
+    made._bind([(model, Family(frozenset(unbatched)))], ranks, consistency=Consistency.given(pcm, switch))
     return made
-
-
-def _consistency(pcm: Consistency | str | os.PathLike[str] | None, switch: Switch | str) -> Consistency | None:
-    """The Picard Consistency Model to use, under the switch that was asked for."""
-    if pcm is None:
-        return None
-    found = pcm if isinstance(pcm, Consistency) else Consistency.load(pcm)
-    ages = (0.0,) * len(found.card.switch.from_signal)
-    switches = {"auto": found.card.switch, "hard": Switch(ages, watch=False), "linear": Switch(ages, True, watch=False)}
-    chosen = switches.get(switch, switch) if isinstance(switch, str) else switch
-    if not isinstance(chosen, Switch):
-        raise ValueError(f"switch is {switch!r}; give one of {', '.join(switches)}, or a Switch")
-    return found.with_switch(chosen)
 
 
 def _parallel_scheduler(scheduler: Any, options: dict[str, Any]) -> PicardScheduler:
