@@ -31,6 +31,7 @@ __all__ = [
     "is_hooked_last",
     "load_pipeline",
     "load_scheduler_config",
+    "model_config",
     "model_name",
     "pipeline_arguments",
     "pipeline_denoisers",
@@ -91,6 +92,12 @@ def model_name(module: nn.Module) -> str:
     """What a model was loaded from; its class where that is not known."""
     config = getattr(_unwrapped(module), "config", {})
     return str(getattr(config, "_name_or_path", "") or family_name(module))
+
+
+def model_config(module: nn.Module) -> str:
+    """The config as JSON, from which diffusers makes the model again; "" for a module that is not diffusers' own."""
+    as_json: Any = getattr(_unwrapped(module), "to_json_string", None)
+    return "" if as_json is None else str(as_json())
 
 
 def checkpoint_gradients(module: nn.Module, on: bool) -> None:

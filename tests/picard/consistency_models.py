@@ -31,5 +31,6 @@ def consistency(module: nn.Module, lora: Lora, ages: int = 1, component: str = "
         "steps": 50,
         "switch": Switch((0.0,) * ages),
         "rank": 4,
+        "component": component,
     }
-    return Consistency(Card(**{**fields, **card}), lora, component)
+    return Consistency(Card(**{**fields, **card}), lora)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ from forerun.picard.denoiser import Asked
 from forerun.picard.diffusers import PicardScheduler, parallel
 from forerun.picard.diffusers_training import LoopSource, PipelineSource
 from forerun.picard.objective import rows_of
+from forerun.picard.sweep_objective import SweepObjective
 from forerun.picard.training import Training, train
 from forerun.picard.trajectories import Trajectory, cached
 
@@ -123,25 +126,57 @@ def test_a_perfect_answer_ends_in_one_sweep():
     assert_same_image(current, expected)
 
 
+def test_the_objective_of_whole_sweeps():
+    """Nothing for answers that land on the finished trajectory; what a step makes of it for others; refusals."""
+    origin = LoopSource(Net(), diffusers.DDIMScheduler(num_train_timesteps=100, clip_sample=False), SHAPE)
+    _, slope = origin.levels(6)
+    finished = origin.finished(6, [1, 2])
+    given = finished[0].inputs.transpose(0, 1) + torch.randn(2, 6, *SHAPE) * 0.3
+    given[:, 0] = finished[0].inputs[0]
+    rows = rows_of(finished, [Asked(0, tuple(range(6)), given), Asked(0, (3, 4, 5), given[:, 3:])], slope)
+    objective = SweepObjective(origin.solver(6), slope, finished, 1)
+    index = objective.pick(rows, torch.Generator().manual_seed(0))
+    assert rows.points[index].tolist() in ([0, 1, 2, 3, 4, 5], [3, 4, 5])
+    assert len(rows.owners[index].unique(dim=0)) == 1
+    assert float(objective.loss(rows.targets[index], rows[index])) < 1e-10
+    assert objective.table(rows.targets, rows).shape == (2, 1)
+    off = rows.targets.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective.loss((off + 0.1)[index], rows[index]), off)
+    assert (gradient.flatten(1).norm(dim=1) > 0).nonzero().flatten().tolist() == sorted(index.tolist())
+    noisy = LoopSource(Net(), diffusers.DDPMScheduler(num_train_timesteps=100, clip_sample=False), SHAPE)
+    finished = noisy.finished(6, [1, 2])
+    with pytest.raises(ValueError, match="without guidance and random draws"):
+        SweepObjective(noisy.solver(6), slope, finished, 1)
+    with pytest.raises(ValueError, match="objective is 'paper'; give one of points, sweep"):
+        Training(objective="paper")
+
+
 def ours_model(scheduler, current, t):
     """The oracle under the scheduler's hook."""
     module = next(module for module, _ in scheduler._picard_binding._modules())
     return module(current, t)
 
 
-def test_it_learns_and_leaves_the_model_as_it_was(tmp_path):
+@pytest.mark.parametrize(
+    ("choices", "most"),
+    [({}, 0.8), ({"full": True, "learning_rate": 1e-4}, 0.8), ({"objective": "sweep", "learning_rate": 1e-3}, 0.95)],
+    ids=["points", "full", "sweep"],
+)
+def test_it_learns_and_leaves_the_model_as_it_was(tmp_path, choices, most):
     unet = diffusers.UNet2DModel.from_pretrained(_UNET).eval()
     origin = LoopSource(unet, diffusers.DDIMScheduler(clip_sample=False), (1, 8, 8))
     before = {name: value.clone() for name, value in origin.module.state_dict().items()}
     told = []
-    choices = Training(**{**CHOICES, "turns": 12, "measure_every": 6, "batch": 48, "ema": 0.9})
-    pcm = train(origin, tmp_path, choices, progress=lambda turn, loss, measured: told.append((turn, measured)))
+    training = Training(**{**CHOICES, "turns": 12, "measure_every": 6, "batch": 48, "ema": 0.9, **choices})
+    pcm = train(origin, tmp_path, training, progress=lambda turn, loss, measured: told.append((turn, measured)))
     assert [turn for turn, measured in told if measured] == [6, 12]
-    assert told[-1][1]["error"] < 0.8 * told[-1][1]["base_error"]
+    assert told[-1][1]["error"] < most * told[-1][1]["base_error"]
     assert not any(layer._forward_hooks for layer in origin.module.modules())
     assert all(parameter.requires_grad for parameter in origin.module.parameters())
     assert all(torch.equal(value, before[name]) for name, value in origin.module.state_dict().items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["picard.json", "pytorch_lora_weights.safetensors"]
+    lora, model = ["pytorch_lora_weights.safetensors"], ["config.json", "diffusion_pytorch_model.safetensors"]
+    expected = sorted(["picard.json", *(model if training.full else lora)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
     assert pcm.card.steps == 6
     assert pcm.card.training["history"][-1]["updates"] == 48
     again = Consistency.load(tmp_path)
@@ -161,10 +196,38 @@ def test_killed_it_goes_on_to_the_same_result(tmp_path):
     assert not (tmp_path / "killed" / "picard.json").exists()
     resumed = run(tmp_path / "killed", 6)
     assert resumed.card.switch == whole.card.switch
-    for name, pair in whole.lora.layers.items():
-        for one, other in zip(pair, resumed.lora.layers[name], strict=True):
+    for name, pair in whole.change.layers.items():
+        for one, other in zip(pair, resumed.change.layers[name], strict=True):
             assert torch.allclose(one, other, atol=1e-6)
     assert not (tmp_path / "killed" / "checkpoint.pt").exists()
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """As `accelerate launch` starts them: each on noise of its own, the same weights on both, one result."""
+    program = [sys.executable, str(Path(__file__).with_name("training_program.py")), str(tmp_path), "4"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = []
+    try:
+        for rank in ("0", "1"):
+            environment = {**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+            processes.append(subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True))
+        told = [process.communicate(timeout=240)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0]
+    losses = [[line for line in lines if line[0].isdigit()] for lines in told]
+    assert losses[0] != losses[1]  # noise of its own
+    assert told[0][-1] == told[1][-1]  # digest of the weights
+    alone = run(tmp_path / "alone", 4)
+    assert Consistency.load(tmp_path).card.base == alone.card.base
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "picard.json",
+        "pytorch_lora_weights.safetensors",
+    ]
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
@@ -217,8 +280,8 @@ def test_bf16_and_gradient_checkpointing(tmp_path):
     )
     choices = {**CHOICES, "turns": 2, "mixed_precision": "bf16", "gradient_checkpointing": True}
     pcm = train(origin, tmp_path, Training(**choices))
-    assert all(torch.isfinite(up).all() for _, up in pcm.lora.layers.values())
-    assert any(bool(up.any()) for _, up in pcm.lora.layers.values())
+    assert all(torch.isfinite(up).all() for _, up in pcm.change.layers.values())
+    assert any(bool(up.any()) for _, up in pcm.change.layers.values())
     assert not model.is_gradient_checkpointing
 
 

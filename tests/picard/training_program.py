@@ -1,4 +1,4 @@
-"""Trains a small PCM into a folder; `test_training.py` kills it on the way.
+"""Trains a small PCM into a folder; `test_training.py` kills it on the way, and runs two of it as one.
 
 python training_program.py OUT TURNS
 """
@@ -31,4 +31,5 @@ def run(out: Path, turns: int, **more: object) -> Consistency:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]))
+    made = run(Path(sys.argv[1]), int(sys.argv[2]))
+    print("weights", sum(float(up.double().sum() + down.double().sum()) for down, up in made.change.layers.values()))

@@ -13,7 +13,7 @@ from torch import Tensor
 from forerun.picard.draws import Draws
 from forerun.picard.levels import NoiseLevels
 
-__all__ = ["BaseScheduler", "SchedulerSolver", "input_factors", "noise_levels"]
+__all__ = ["BaseScheduler", "SchedulerSolver", "fresh_solver", "input_factors", "noise_levels"]
 
 BaseScheduler = Any  # any diffusers scheduler: its classes share no type that names `step`
 
@@ -129,9 +129,14 @@ def noise_levels(scheduler: BaseScheduler, timesteps: Tensor) -> NoiseLevels | N
 
 def input_factors(scheduler: BaseScheduler, timesteps: Tensor) -> Tensor:
     """`[T]` what the scheduler multiplies a sample by before the model is given it."""
-    solver = SchedulerSolver(_rewound(scheduler), timesteps, {}, Draws(None, torch.device("cpu")))
+    solver = fresh_solver(scheduler, timesteps)
     one = torch.ones(1, dtype=torch.float64)
     return torch.cat([solver.scale(one, point) for point in range(len(timesteps))])
+
+
+def fresh_solver(scheduler: BaseScheduler, timesteps: Tensor) -> SchedulerSolver:
+    """A solver at point 0, outside of a pipeline: default arguments, torch's own draws."""
+    return SchedulerSolver(_rewound(scheduler), timesteps, {}, Draws(None, torch.device("cpu")))
 
 
 def _rewound(scheduler: BaseScheduler) -> BaseScheduler:

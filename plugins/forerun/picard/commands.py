@@ -48,15 +48,15 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Sampling steps that it is for.")] = None,
     turns: Annotated[int | None, typer.Option(help="Length of the training.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the LoRA.")] = None,
+    full: Annotated[bool | None, typer.Option("--full", help="All parameters, in place of a LoRA.")] = None,
 ) -> None:
     """Train a Picard Consistency Model for a pipeline: fewer rounds, the same result."""
     try:
         from forerun.picard.diffusers_train import run
         from forerun.picard.train_settings import TrainSettings
 
-        training = {
-            name: value for name, value in (("steps", steps), ("turns", turns), ("rank", rank)) if value is not None
-        }
+        choices = {"steps": steps, "turns": turns, "rank": rank, "full": full}
+        training = {name: value for name, value in choices.items() if value is not None}
         call = {} if prompts is None else {"prompt": prompts.read_text().splitlines()}
         given = {"pipeline": pipeline, "out": out, "cache": cache, "device": device, "training": training, "call": call}
         typer.echo(run(TrainSettings.read(config, given)))

@@ -1,7 +1,8 @@
-"""A trained Picard Consistency Model on disk: a LoRA that diffusers loads, and a card that says what it belongs to.
+"""A trained Picard Consistency Model on disk: weights that diffusers loads, and a card that says what they belong to.
 
-    folder/pytorch_lora_weights.safetensors    `pipe.load_lora_weights(folder)` reads it too
-    folder/picard.json                         base model, scheduler, steps, switch
+    folder/picard.json                                      base model, scheduler, steps, switch
+    folder/pytorch_lora_weights.safetensors                 a LoRA: `pipe.load_lora_weights(folder)` reads it too
+ or folder/diffusion_pytorch_model.safetensors, config.json  a whole model: its class's `from_pretrained(folder)` does
 
 To another model its changes mean nothing, so the card names its base: class, parameters, and a few of their values (in
 bfloat16's precision: a half-precision copy is the same base). Loading it on another one is refused.
@@ -28,10 +29,12 @@ from torch import Tensor, nn
 from forerun.picard.files import write_whole
 from forerun.picard.lora import Lora
 from forerun.picard.switch import Switch
+from forerun.picard.weights import Weights
 
 __all__ = ["Base", "Card", "Consistency"]
 
-_CARD, _WEIGHTS = "picard.json", "pytorch_lora_weights.safetensors"
+_CARD, _LORA = "picard.json", "pytorch_lora_weights.safetensors"
+_MODEL, _CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 _SAMPLED, _EACH = 16, 4  # parameters whose values tell a base from another, and how many of each
 _ROUNDING, _FLUSHED = 2.0**-7, 1e-6  # of bfloat16, and what fp16 takes for zero
 
@@ -88,7 +91,8 @@ class Card:
     scheduler_config: dict[str, Any]
     steps: int
     switch: Switch
-    rank: int
+    rank: int | None  # of the LoRA; None: a whole model
+    component: str = "unet"  # the pipeline's name of the denoiser: "unet" or "transformer"
     training: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> str:
@@ -107,17 +111,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Consistency:
-    """A Picard Consistency Model: a LoRA and its card.
+    """A Picard Consistency Model: what it changes in its base model, and its card.
 
     Args:
         card: What it belongs to.
-        lora: Changes of the base model's layers.
-        component: The pipeline's name of the denoiser: "unet" or "transformer".
+        change: A LoRA on the base model's layers, or all its weights.
     """
 
     card: Card
-    lora: Lora
-    component: str = "unet"
+    change: Lora | Weights
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Consistency:
@@ -128,15 +130,19 @@ class Consistency:
             ValueError: One of them is broken.
         """
         folder = Path(folder)
-        for name in (_CARD, _WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is no Picard Consistency Model: there is no {name} in it")
+        held = next((name for name in (_LORA, _MODEL) if (folder / name).is_file()), None)
+        if held is None or not (folder / _CARD).is_file():
+            missing = _CARD if held else f"{_LORA} or {_MODEL}"
+            raise FileNotFoundError(f"{folder} is no Picard Consistency Model: there is no {missing} in it")
         try:
             card = Card.from_json((folder / _CARD).read_text())
-            component, layers = _layers(load_file(folder / _WEIGHTS))
+            values = load_file(folder / held)
+            if held == _LORA:
+                component, layers = _layers(values)
+                return cls(replace(card, component=component), Lora(layers, scale=1.0))
+            return cls(card, Weights(values, (folder / _CONFIG).read_text()))
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds a broken Picard Consistency Model: {error}") from error
-        return cls(card, Lora(layers, scale=1.0), component)
 
     @classmethod
     def given(cls, pcm: Consistency | str | os.PathLike[str] | None, switch: Switch | str) -> Consistency | None:
@@ -160,18 +166,22 @@ class Consistency:
         return replace(found, card=replace(found.card, switch=chosen))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes both files; each appears whole or not at all.
+        """Writes its files; each appears whole or not at all.
 
         Raises:
             OSError: The disk does not take them.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {}
-        for name, (down, up) in self.lora.layers.items():
-            weights[f"{self.component}.{name}.lora_A.weight"] = down.contiguous()
-            weights[f"{self.component}.{name}.lora_B.weight"] = (up * self.lora.scale).contiguous()
-        write_whole(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
+        if isinstance(self.change, Lora):
+            files = {_LORA: save(_named(self.change, self.card.component), {"format": "pt"})}
+        else:
+            values = {name: value.contiguous() for name, value in self.change.values.items()}
+            files = {_MODEL: save(values, {"format": "pt"}), _CONFIG: self.change.config.encode()}
+        for name in {_LORA, _MODEL, _CONFIG} - files.keys():
+            (folder / name).unlink(missing_ok=True)  # of another kind that was here
+        for name, content in files.items():
+            write_whole(folder / name, content)
         write_whole(folder / _CARD, self.card.as_json().encode())
 
     def check(self, module: nn.Module, name: str) -> None:
@@ -201,6 +211,15 @@ def _some(parameter: Tensor) -> list[float]:
     flat = parameter.detach().flatten()
     index = torch.linspace(0, len(flat) - 1, min(_EACH, len(flat)), device=flat.device).long()
     return [float(value) for value in flat[index].to(torch.bfloat16)]
+
+
+def _named(lora: Lora, component: str) -> dict[str, Tensor]:
+    """The LoRA as diffusers names its tensors."""
+    weights = {}
+    for name, (down, up) in lora.layers.items():
+        weights[f"{component}.{name}.lora_A.weight"] = down.contiguous()
+        weights[f"{component}.{name}.lora_B.weight"] = (up * lora.scale).contiguous()
+    return weights
 
 
 def _layers(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, tuple[Tensor, Tensor]]]:

@@ -12,14 +12,15 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from forerun.picard.change import RowChange
 from forerun.picard.cost import seconds
-from forerun.picard.lora import RowLora
 from forerun.picard.ranks import PointRanks
 
 __all__ = ["Asked", "Denoiser", "Family", "Sweep", "time_argument"]
@@ -95,7 +96,7 @@ class Denoiser:
     sweep: Callable[[], Sweep | None]
     max_points: int | None = None
     ranks: PointRanks | None = None
-    lora: RowLora | None = None  # the Picard Consistency Model's
+    change: RowChange | None = None  # the Picard Consistency Model's
     tap: Callable[[Asked], None] | None = None  # is told of every part of a widened call
     _run: _RunMemory = field(default_factory=lambda: _RunMemory())
 
@@ -134,10 +135,11 @@ class Denoiser:
 
     def _answer(self, forward: Callable[..., Any], bound: inspect.BoundArguments, weights: Tensor | None) -> Any:
         """A widened call's output; `weights` are its rows' of the Picard Consistency Model."""
-        if weights is None or self.lora is None:
-            return forward(*bound.args, **bound.kwargs)
-        with self.lora.weighted(weights):
-            return forward(*bound.args, **bound.kwargs)
+        ask = partial(forward, *bound.args, **bound.kwargs)
+        if weights is None or self.change is None:
+            return ask()
+        sample: Tensor = next(iter(bound.arguments.values()))
+        return self.change.answer(ask, weights, sample.device)
 
 
 def _measured(
@@ -213,9 +215,10 @@ class _Call:
 
     def parts(self, points: list[int], most: int | None) -> Iterator[tuple[inspect.BoundArguments, Tensor | None]]:
         """The widened call, in parts of at most `most` points, each with its rows' weights (None: all are 0)."""
-        for start in range(0, len(points), most or len(points)):
-            part = points[start : start + (most or len(points))]
-            yield self._widened(part), self._weights(part)
+        for run in self._alike(points):
+            for start in range(0, len(run), most or len(run)):
+                part = run[start : start + (most or len(run))]
+                yield self._widened(part), self._weights(part)
 
     def asked(self, points: list[int], call: int) -> Asked:
         """What the widened call asks at some of the sweep's points."""
@@ -268,9 +271,16 @@ class _Call:
         others = self._sample.narrow(self._axis, self._channels(), self._sample.shape[self._axis] - self._channels())
         return torch.cat([rows, self._repeat(self._sample_name, points, others)], self._axis)
 
+    def _alike(self, points: list[int]) -> list[list[int]]:
+        """Neighbouring points for one call: all, or those that the changed model answers apart from the others."""
+        change, weights = self._denoiser.change, self._sweep.weights
+        if change is None or change.mixes or not weights:
+            return [points]
+        return [list(run) for _, run in groupby(points, lambda point: weights[point] > 0)]
+
     def _weights(self, points: list[int]) -> Tensor | None:
         weights = [self._sweep.weights[point] for point in points] if self._sweep.weights else []
-        return torch.tensor(weights, device=self.device).repeat(self._rows) if any(weights) else None
+        return torch.tensor(weights).repeat(self._rows) if any(weights) else None
 
     def _times(self, points: list[int]) -> Tensor:
         clock = self._denoiser._run.clock

@@ -59,7 +59,7 @@ class Binding:
             )
             _release(host.unhook_forward(module, _HOOK))
             if consistency is not None and module is guided:
-                denoiser.lora = consistency.lora.on(module)
+                denoiser.change = consistency.change.on(module)
             host.hook_forward(module, _HOOK, denoiser)
             self._bound.append((weakref.ref(module), denoiser))
 
@@ -105,11 +105,12 @@ class Binding:
 
 def _guided(consistency: Consistency, modules: Sequence[nn.Module], pipe: Any) -> nn.Module:
     """The denoiser that a Picard Consistency Model belongs to."""
-    names = {module: consistency.component if pipe is None else host.component_name(pipe, module) for module in modules}
-    found = next((module for module, name in names.items() if name == consistency.component), None)
+    component = consistency.card.component
+    names = {module: component if pipe is None else host.component_name(pipe, module) for module in modules}
+    found = next((module for module, name in names.items() if name == component), None)
     if found is None:
         raise ValueError(
-            f"this Picard Consistency Model changes a {consistency.component}, and the pipeline has "
+            f"this Picard Consistency Model changes a {component}, and the pipeline has "
             f"{', '.join(names.values())}: it was trained for another pipeline"
         )
     consistency.check(found, host.model_name(found))
@@ -118,5 +119,5 @@ def _guided(consistency: Consistency, modules: Sequence[nn.Module], pipe: Any) -
 
 def _release(around: object) -> None:
     """Takes a denoiser's own hooks off the layers inside."""
-    if isinstance(around, Denoiser) and around.lora is not None:
-        around.lora.remove()
+    if isinstance(around, Denoiser) and around.change is not None:
+        around.change.remove()

@@ -17,11 +17,12 @@ from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
 from forerun.picard import rules
-from forerun.picard.base_solver import input_factors, noise_levels
+from forerun.picard.base_solver import fresh_solver, input_factors, noise_levels
 from forerun.picard.consistency import Base, Consistency
 from forerun.picard.denoiser import Asked, time_argument
 from forerun.picard.diffusers import PicardScheduler, parallel
 from forerun.picard.levels import NoiseLevels
+from forerun.picard.solver import Solver
 from forerun.picard.trajectories import Trajectory, recorded
 from forerun_adapters import diffusers as host
 
@@ -45,7 +46,7 @@ class _Source(ABC):
         self._signature = host.forward_signature(self.module)
         names = list(self._signature.parameters)
         self.sample_name, self.time_name = names[0], time_argument(host.family_name(self.module), names)
-        self.name = host.model_name(self.module)
+        self.name, self.config = host.model_name(self.module), host.model_config(self.module)
         self.scheduler = type(self._base).__name__
         self.scheduler_config = {name: self._base.config[name] for name in _TELLING if name in self._base.config}
 
@@ -62,6 +63,11 @@ class _Source(ABC):
         if levels is None:
             raise ValueError(f"{self.scheduler} shows no noise levels, which the training needs")
         return levels, levels.output_slope / input_factors(scheduler, scheduler.timesteps)
+
+    @torch.no_grad()
+    def solver(self, steps: int) -> Solver:
+        self._sample(self._base, steps, [0])
+        return fresh_solver(self._base, self._base.timesteps)
 
     @torch.no_grad()
     def finished(self, steps: int, seeds: Sequence[int]) -> list[Trajectory]:

@@ -7,7 +7,7 @@ of it changes: LoRAs and adapters of the user's own stay as they are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +52,16 @@ class Lora:
 class RowLora:
     """A LoRA on a module; does nothing outside of `weighted`."""
 
+    mixes = True
+
     def __init__(self, changes: list[tuple[nn.Module, _Change]]) -> None:
         self._changes = [change for _, change in changes]
         self._handles: list[RemovableHandle] = [layer.register_forward_hook(change) for layer, change in changes]
+
+    def answer(self, ask: Callable[[], Any], weights: Tensor, device: torch.device) -> Any:
+        """What `ask` returns under the LoRA: `weights` `[rows]` on the CPU, the call's tensors are on `device`."""
+        with self.weighted(weights.to(device)):
+            return ask()
 
     @contextlib.contextmanager
     def weighted(self, weights: Tensor) -> Iterator[None]:

@@ -16,14 +16,15 @@ Source: arXiv 2503.19731, eq. 8, point by point; the slope: levels.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from forerun.picard.denoiser import Asked
 from forerun.picard.trajectories import Trajectory
 
-__all__ = ["Rows", "errors", "rows_of"]
+__all__ = ["Objective", "PointObjective", "Rows", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,46 @@ def rows_of(trajectories: list[Trajectory], asked: list[Asked], slope: Tensor) -
     return Rows.joined(parts)
 
 
-def errors(answers: Tensor, targets: Tensor) -> Tensor:
+class Objective(Protocol):
+    """What an update brings down."""
+
+    def pick(self, rows: Rows, generator: Generator) -> Tensor:
+        """`[N]` indices of the rows of an update."""
+
+    def loss(self, answers: Tensor, rows: Rows) -> Tensor:
+        """`[]` for answers `[N, ...]` at the rows that were picked."""
+
+    def table(self, answers: Tensor, rows: Rows) -> Tensor:
+        """`[ages, T or 1]` the mean loss of answers at all rows, by the sweep (and the point), on the CPU."""
+
+
+class PointObjective:
+    """Rows by chance, each for itself: the mean squared distance of answers to their targets.
+
+    Args:
+        likely: `[ages, T]` how likely a row is chosen.
+        batch: Rows of an update.
+    """
+
+    def __init__(self, likely: Tensor, batch: int) -> None:
+        self._likely, self._batch = likely, batch
+
+    def pick(self, rows: Rows, generator: Generator) -> Tensor:
+        chances = self._likely[rows.ages.clamp(max=len(self._likely) - 1), rows.points]
+        return torch.multinomial(chances, self._batch, replacement=True, generator=generator)
+
+    def loss(self, answers: Tensor, rows: Rows) -> Tensor:
+        return _errors(answers, rows.targets.to(answers.device)).mean()
+
+    def table(self, answers: Tensor, rows: Rows) -> Tensor:
+        sums, counts = torch.zeros(2, *self._likely.shape)
+        sums.index_put_((rows.ages, rows.points), _errors(answers, rows.targets), accumulate=True)
+        counts.index_put_((rows.ages, rows.points), torch.ones(len(rows)), accumulate=True)
+        mean: Tensor = sums / counts.clamp(min=1)
+        return mean
+
+
+def _errors(answers: Tensor, targets: Tensor) -> Tensor:
     """`[N]` mean squared difference."""
     return (answers - targets).float().square().flatten(1).mean(1)
 

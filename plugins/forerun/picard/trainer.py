@@ -6,58 +6,33 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from forerun.picard.adapted import Adapted, AdaptedLora, AdaptedWeights
+from forerun.picard.change import Change
 from forerun.picard.consistency import Base, Card, Consistency
 from forerun.picard.files import write_whole
 from forerun.picard.levels import NoiseLevels
 from forerun.picard.lora import Lora
-from forerun.picard.objective import Rows, errors, rows_of
+from forerun.picard.objective import Objective, PointObjective, Rows, rows_of
+from forerun.picard.sweep_objective import SweepObjective
 from forerun.picard.switch import Switch
 from forerun.picard.training_choices import Source, Training
 from forerun.picard.trajectories import Trajectory, cached, first_tensor
+from forerun.picard.weights import Weights
 
 __all__ = ["CHECKPOINT", "Trainer"]
 
 CHECKPOINT = "checkpoint.pt"
 _HELD_OUT = 1_000_000_000  # seeds from here on are never trained on
-
-
-class _Adapted(nn.Module):
-    """The base model with a LoRA in training on all its rows."""
-
-    def __init__(self, module: nn.Module, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        self._names: dict[str, str] = {}
-        for index, (name, layer) in enumerate(_layers(module)):
-            shape, key = layer.weight.shape, str(index)
-            down = torch.randn(rank, *shape[1:], generator=generator) / layer.weight[0].numel() ** 0.5
-            up = torch.zeros(shape[0], rank, *(1,) * (len(shape) - 2))
-            self.down[key], self.up[key] = (nn.Parameter(tensor.to(layer.weight.device)) for tensor in (down, up))
-            self._names[name] = key
-        self._module = [module]  # in a list: not a part, so that it is neither saved nor averaged
-        self._rows = self.lora().on(module)
-
-    def forward(self, **arguments: Any) -> Tensor:
-        return first_tensor(self._module[0](**arguments))
-
-    def on_all(self, rows: int) -> contextlib.AbstractContextManager[None]:
-        """Within, also in a backward pass that computes activations again, all rows have the LoRA."""
-        return self._rows.weighted(torch.ones(rows))
-
-    def lora(self) -> Lora:
-        return Lora({name: (self.down[key], self.up[key]) for name, key in self._names.items()}, 1.0)
-
-    def release(self) -> None:
-        self._rows.remove()
 
 
 class Trainer:
@@ -82,7 +57,7 @@ class Trainer:
         if training.gradient_checkpointing:
             source.checkpoint_gradients(True)
             undone.callback(source.checkpoint_gradients, False)
-        self._adapted = _Adapted(source.module, training.rank, torch.Generator().manual_seed(training.seed))
+        self._adapted = self._adapt()
         undone.callback(self._adapted.release)
         self._optimizer = torch.optim.Adam(self._adapted.parameters(), training.learning_rate)
         self._ema = {name: value.detach().clone() for name, value in self._adapted.named_parameters()}
@@ -103,19 +78,22 @@ class Trainer:
         first = (number * count + process) * training.samples
         rows, finished = self._rows(list(range(first, first + training.samples)))
         generator = torch.Generator().manual_seed(training.seed + turn)
-        losses = []
+        objective, losses = self._objective(finished), []
         for _ in range(training.updates):
-            chances = self._likely[rows.ages.clamp(max=training.ages - 1), rows.points]
-            index = torch.multinomial(chances, training.batch, replacement=True, generator=generator)
-            losses.append(self._update(rows[index], finished))
+            chosen = rows[objective.pick(rows, generator)]
+            losses.append(self._update(chosen, finished, objective))
         return sum(losses) / len(losses)
 
     def measure(self) -> dict[str, float]:
         """Errors and rounds on the held-out noise; where the PCM is better than the base becomes the switch."""
         training, seeds = self._training, self._held_out_seeds()
         rows, finished = self._rows(seeds)
-        base, pcm = (self._table(rows, self._errors(rows, finished, lora)) for lora in (None, self._averaged()))
-        self._likely = base.sqrt() / base.sqrt().mean() + 0.05
+        objective = self._objective(finished)
+        base, pcm = (
+            objective.table(self._answers(rows, finished, change), rows) for change in (None, self._averaged())
+        )
+        if base.shape == self._likely.shape:
+            self._likely = base.sqrt() / base.sqrt().mean() + 0.05
         self._switch = _best_switch(base, pcm, self._levels)
         measured = {
             "base_error": float(base.mean()),
@@ -135,10 +113,11 @@ class Trainer:
             scheduler_config=source.scheduler_config,
             steps=training.steps,
             switch=Switch(self._switch.from_signal),
-            rank=training.rank,
+            rank=None if training.full else training.rank,
+            component=source.component,
             training={**asdict(training), "history": self._history},
         )
-        return Consistency(card, self._averaged(), source.component)
+        return Consistency(card, self._averaged())
 
     def checkpoint(self, turn: int) -> None:
         """Writes all that later turns depend on."""
@@ -158,6 +137,12 @@ class Trainer:
         }
         torch.save(state, content)
         write_whole(self._out / CHECKPOINT, content.getvalue())
+
+    def _adapt(self) -> Adapted:
+        source, training = self._source, self._training
+        if training.full:
+            return AdaptedWeights(source.module, source.config)
+        return AdaptedLora(source.module, training.rank, torch.Generator().manual_seed(training.seed))
 
     def _resume(self) -> int:
         """Goes back to the checkpoint, if there is one; the turn to go on with."""
@@ -197,7 +182,14 @@ class Trainer:
             return make()
         return cached(self._cache / f"{self._training.steps}-{seeds[0]}-{len(seeds)}", make)
 
-    def _update(self, rows: Rows, finished: list[Trajectory]) -> float:
+    def _objective(self, finished: list[Trajectory]) -> Objective:
+        training = self._training
+        if training.objective == "points":
+            return PointObjective(self._likely, training.batch)
+        sweeps = max(1, training.batch // training.steps)
+        return SweepObjective(self._source.solver(training.steps), self._slope, finished, sweeps)
+
+    def _update(self, rows: Rows, finished: list[Trajectory], objective: Objective) -> float:
         self._updates += 1
         for group in self._optimizer.param_groups:
             group["lr"] = self._training.learning_rate * self._rate()
@@ -205,7 +197,7 @@ class Trainer:
         with self._adapted.on_all(len(rows)):
             with self.accelerator.autocast():
                 answers = self._ask(self._model, rows, finished)
-                loss = errors(answers, rows.targets.to(answers.device)).mean()
+                loss = objective.loss(answers, rows)
             self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self._adapted.parameters(), 1.0)
         self._stepper.step()
@@ -235,45 +227,31 @@ class Trainer:
         count = finished[0].inputs.shape[1]
         return pytree.tree_map(lambda *leaves: _gathered(leaves, rows.owners, count, device), *values)
 
-    def _errors(self, rows: Rows, finished: list[Trajectory], lora: Lora | None) -> Tensor:
-        """`[N]` of the base model's answers, or of the LoRA's."""
+    @torch.no_grad()
+    def _answers(self, rows: Rows, finished: list[Trajectory], change: Change | None) -> Tensor:
+        """`[N, ...]` of the base model, or of the change, on the CPU."""
         module, found = self._source.module, []
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            ours = None if lora is None else lora.on(module)
+        device = next(module.parameters()).device
+        with contextlib.ExitStack() as stack:
+            ours = None if change is None else change.on(module)
             if ours is not None:
                 stack.callback(ours.remove)
             for start in range(0, len(rows), self._training.batch):
                 part = rows[torch.arange(start, min(start + self._training.batch, len(rows)))]
-                weighted = contextlib.nullcontext() if ours is None else ours.weighted(torch.ones(len(part)))
-                with weighted:
-                    found.append(errors(self._ask(module, part, finished).cpu(), part.targets))
+                ask = partial(self._ask, module, part, finished)
+                answers: Tensor = ask() if ours is None else ours.answer(ask, torch.ones(len(part)), device)
+                found.append(answers.cpu())
         return torch.cat(found)
 
-    def _table(self, rows: Rows, error: Tensor) -> Tensor:
-        """`[ages, T]` mean error."""
-        sums, counts = torch.zeros(2, *self._likely.shape)
-        sums.index_put_((rows.ages, rows.points), error, accumulate=True)
-        counts.index_put_((rows.ages, rows.points), torch.ones_like(error), accumulate=True)
-        mean: Tensor = sums / counts.clamp(min=1)
-        return mean
-
-    def _averaged(self) -> Lora:
-        names = self._adapted._names.items()
-        return Lora({name: (self._ema[f"down.{key}"], self._ema[f"up.{key}"]) for name, key in names}, 1.0)
+    def _averaged(self) -> Lora | Weights:
+        return self._adapted.change(self._ema)
 
     def _held_out_seeds(self) -> list[int]:
         return list(range(_HELD_OUT, _HELD_OUT + self._training.held_out))
 
 
-def _layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What the LoRA changes: linear layers and convolutions (of one group)."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and getattr(layer, "groups", 1) == 1:
-            yield name, layer
-
-
 def _best_switch(base: Tensor, pcm: Tensor, levels: NoiseLevels) -> Switch:
-    """For every age, the noise below which the PCM answers better than the base; `[ages, T]` errors."""
+    """For every age, the noise below which the PCM answers better than the base; `[ages, T or 1]` errors."""
     signal = levels.alpha / levels.sigma
     found = []
     for gain in base - pcm:

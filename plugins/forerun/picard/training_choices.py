@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
 from forerun.picard.consistency import Consistency
 from forerun.picard.denoiser import Asked
 from forerun.picard.levels import NoiseLevels
+from forerun.picard.solver import Solver
 from forerun.picard.trajectories import Trajectory
 
-__all__ = ["Source", "Training"]
+__all__ = ["Objective", "Source", "Training"]
+
+Objective = Literal["points", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,15 @@ class Training:
     Args:
         steps: T of the sampler that the PCM is for.
         ages: Sweeps in which it may answer a point.
+        full: Train all parameters of a copy in place of a LoRA: an answer between both models costs both calls.
         rank: Of the LoRA.
         turns: How many times new trajectories are made.
         samples: Trajectories of a turn, sampled together.
         updates: Of the LoRA, in a turn.
         batch: Rows (samples at a point) of an update.
+        objective: "points": every answer for itself, in memory that does not grow with T; "sweep": the paper's, the
+            trajectory after a sweep, with a gradient through all of it. As many whole sweeps as `batch` holds, at least
+            one; for models that are called once a step for each sample (no guidance).
         learning_rate: Of Adam, after a warm-up and before it falls along a cosine.
         ema: Decay of the moving average.
         pool: Turns after which the same noise comes again; None: never. With a cache it bounds the disk.
@@ -43,11 +50,13 @@ class Training:
 
     steps: int = 50
     ages: int = 2
+    full: bool = False
     rank: int = 32
     turns: int = 1000
     samples: int = 32
     updates: int = 8
     batch: int = 128
+    objective: Objective = "points"
     learning_rate: float = 5e-4
     ema: float = 0.999
     pool: int | None = None
@@ -62,6 +71,8 @@ class Training:
         for name in whole:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number from 1")
+        if self.objective not in get_args(Objective):
+            raise ValueError(f"objective is {self.objective!r}; give one of {', '.join(get_args(Objective))}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema!r}; give a number from 0 and below 1")
 
@@ -72,6 +83,7 @@ class Source(Protocol):
     module: nn.Module
     component: str  # the pipeline's name of the module
     name: str  # of the base model
+    config: str  # the module's, as JSON; "" where it has none
     scheduler: str  # class
     scheduler_config: dict[str, Any]
     unbatched: frozenset[str]  # arguments of the module without a batch axis
@@ -83,6 +95,9 @@ class Source(Protocol):
 
     def checkpoint_gradients(self, on: bool) -> None:
         """Makes the module compute activations again in a backward pass, or no longer."""
+
+    def solver(self, steps: int) -> Solver:
+        """The sampler, standing at point 0."""
 
     def levels(self, steps: int) -> tuple[NoiseLevels, Tensor]:
         """Noise levels of the points, and `[T]` the slope of the answer in the model's input, for Gaussian data."""

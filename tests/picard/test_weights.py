@@ -1,0 +1,107 @@
+"""Fully fine-tuned models in their base's place for some rows; the module stays the user's."""
+
+from __future__ import annotations
+
+import diffusers
+import pipelines as made
+import pytest
+import torch
+from comparison import assert_same_image, sample
+from consistency_models import consistency
+from peft import LoraConfig
+from test_lora import _ask
+
+from forerun.picard.consistency import Consistency
+from forerun.picard.diffusers import PicardScheduler
+from forerun.picard.weights import Weights
+
+
+@pytest.fixture
+def unet():
+    torch.manual_seed(0)
+    return made.unet()
+
+
+def _tuned(unet, size=0.3):
+    generator = torch.Generator().manual_seed(5)
+    values = {
+        name: value.detach()
+        + size * value.detach().std().nan_to_num(1.0) * torch.randn(value.shape, generator=generator)
+        for name, value in unet.named_parameters()
+    }
+    return Weights(values, unet.to_json_string())
+
+
+def test_every_row_is_blended_by_its_own_weight(unet):
+    tuned, plain = _tuned(unet), _ask(unet)
+    torch.manual_seed(0)
+    other = made.unet()
+    other.load_state_dict(tuned.values)
+    theirs = _ask(other)
+    before = dict(unet.named_parameters())
+    ours, cpu = tuned.on(unet), torch.device("cpu")
+    assert torch.equal(ours.answer(lambda: _ask(unet), torch.ones(3), cpu), theirs)
+    rows = ours.answer(lambda: _ask(unet), torch.tensor([1.0, 0.25, 0.0]), cpu)
+    assert torch.allclose(rows[0], theirs[0], atol=1e-6)
+    assert torch.allclose(rows[1], 0.75 * plain[1] + 0.25 * theirs[1], atol=1e-6)
+    assert torch.equal(rows[2], plain[2])
+    with pytest.raises(RuntimeError, match="in the middle"), ours.replaced():
+        raise RuntimeError("in the middle")
+    ours.remove()
+    assert all(value is before[name] for name, value in unet.named_parameters())
+    assert torch.equal(_ask(unet), plain)
+
+
+def test_a_users_own_lora_stays_on_both(unet):
+    tuned = _tuned(unet)
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    styled = _ask(unet)
+    ours = tuned.on(unet)
+    answered = ours.answer(lambda: _ask(unet), torch.ones(3), torch.device("cpu"))
+    assert torch.equal(_ask(unet), styled)
+    unet.disable_adapters()
+    plain = ours.answer(lambda: _ask(unet), torch.ones(3), torch.device("cpu"))
+    assert not torch.allclose(answered, plain, atol=1e-3)
+
+
+def test_another_models_is_refused(unet):
+    values = _tuned(unet).values
+    name, value = next(iter(values.items()))
+    for wrong, message in (
+        ({**values, "nowhere.at.all": value}, "no parameter nowhere.at.all"),
+        ({**values, name: value[:-1]}, f"the fine-tuned {name} is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Weights(wrong).on(unet)
+
+
+def test_files_that_diffusers_loads(unet, tmp_path):
+    pcm = consistency(unet, _tuned(unet), rank=None)
+    pcm.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "picard.json",
+    ]
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
+    loaded = Consistency.load(tmp_path)
+    assert loaded.card == pcm.card
+    for name, value in theirs.named_parameters():
+        assert torch.equal(value, loaded.change.values[name])
+        assert torch.equal(value, pcm.change.values[name])
+
+
+@pytest.mark.parametrize(("switch", "ages"), [("hard", 1), ("linear", 3)])
+def test_on_a_pipeline(switch, ages):
+    pipe, arguments = made.stable_diffusion()
+    sequential = sample(pipe, arguments)
+    pcm = consistency(pipe.unet, _tuned(pipe.unet, 0.05), ages=ages, rank=None)
+    for options in ({}, {"max_points_per_call": 3}):
+        pipe.scheduler = PicardScheduler.from_pipe(
+            pipe, pcm=pcm, switch=switch, tolerance=0, check_cost=False, **options
+        )
+        assert_same_image(sample(pipe, arguments), sequential)
+        assert 1 <= pipe.scheduler.report.guided_rounds <= ages  # one that makes no samples is given up
+        pipe.scheduler = pipe.scheduler.detach()
+    assert torch.equal(sample(pipe, arguments), sequential)
