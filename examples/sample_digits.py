@@ -2,7 +2,8 @@
 
     python examples/sample_digits.py --out build/digits
 
-Prints a table; with `--out` writes it as `digits.json`, and pictures of the samples and of the convergence.
+Where the pipeline's folder holds a Picard Consistency Model (PCM), it has rows of its own. Prints a table; with `--out`
+writes it as `digits.json`, and pictures of the samples and of the convergence.
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ from forerun.picard.report import Report, plot
 
 ASSETS = Path(__file__).parent / "assets" / "digits"
 SEQUENTIAL = "diffusers DDIM, sequential"
-# Options of PicardScheduler.from_pipe, by the name in the table; check_cost would only spend time on a warning here.
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "plain Picard iteration": {"acceleration": "none", "check_cost": False},
-    "forerun's default": {"check_cost": False},
-}
+
+
+def samplers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Options of PicardScheduler.from_pipe, by the name in the table; with a PCM where the folder has one."""
+    plain: dict[str, Any] = {"acceleration": "none"}
+    found = {"plain Picard iteration": plain, "forerun's default": {}}
+    if (folder / "pcm").is_dir():
+        pcm = {"pcm": folder / "pcm"}
+        found |= {"plain iteration, PCM": {**plain, **pcm}, "default, PCM": pcm}
+        found |= {"PCM, 2 sweeps, approximate": {**pcm, "exact": False, "sweeps": 2}}
+    return found
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,13 @@ class Outcome:
 
 
 def compare(folder: Path, steps: int, samples: int = 8, tolerance: float = 1e-3) -> list[Outcome]:
-    """Samples from the same seeds with the stock scheduler, then with each of `SAMPLERS`."""
+    """Samples from the same seeds with the stock scheduler, then with each of `samplers`."""
     pipe = DDIMPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     reference, seconds = _timed(pipe, steps, samples)
     outcomes = [Outcome(SEQUENTIAL, steps, steps, seconds, 0.0, reference, None)]
-    for name, options in SAMPLERS.items():
-        pipe.scheduler = PicardScheduler.from_pipe(pipe, tolerance=tolerance, **options)
+    for name, options in samplers(folder).items():  # check_cost would only spend time on a warning here
+        pipe.scheduler = PicardScheduler.from_pipe(pipe, tolerance=tolerance, check_cost=False, **options)
         images, seconds = _timed(pipe, steps, samples)
         report = pipe.scheduler.report
         pipe.scheduler = pipe.scheduler.detach()
