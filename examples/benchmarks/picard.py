@@ -12,20 +12,17 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import paradigms
 import torch
+from measurement import comparison, mean, provenance, relative_error, wait
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -138,7 +135,7 @@ def loop(scheduler: Any, model: nn.Module, steps: int, seed: int, device: torch.
     start = torch.randn(1, 1, 8, 8, generator=generator).to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     seeded = {"generator": generator}
     sample, earlier = start, None
-    _wait(device)
+    wait(device)
     began = time.perf_counter()
     for i, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
@@ -148,7 +145,7 @@ def loop(scheduler: Any, model: nn.Module, steps: int, seed: int, device: torch.
             sample, earlier = scheduler.step(output, earlier, t, before, sample, **seeded, return_dict=False)
         else:
             sample = scheduler.step(output, t, sample, **_accepted(scheduler, seeded), return_dict=False)[0]
-    _wait(device)
+    wait(device)
     return sample, time.perf_counter() - began
 
 
@@ -163,7 +160,7 @@ def rows_of(name: str, steps: int, seeds: int, unet: nn.Module, device: torch.de
     loop(base, model, 5 if not retarget else steps, 0, device)  # warm-up
     model.follow(base)
     sequential = [loop(base, model, steps, seed, device) for seed in range(seeds)]
-    yield Row(name, steps, "sequential", seeds, calls, calls, _mean(took for _, took in sequential), 0.0)
+    yield Row(name, steps, "sequential", seeds, calls, calls, mean(took for _, took in sequential), 0.0)
     ways = {"plain": "none", "anderson": "anderson", "accelerated": "secant"}
     if steps > 100:
         del ways["anderson"]
@@ -179,10 +176,10 @@ def rows_of(name: str, steps: int, seeds: int, unet: nn.Module, device: torch.de
             steps,
             way,
             seeds,
-            _mean(report.rounds for report in reports),
-            _mean(report.evaluations for report in reports),
-            _mean(took for _, took in results),
-            max(_distance(ours[0], theirs[0]) for ours, theirs in zip(results, sequential, strict=True)),
+            mean(report.rounds for report in reports),
+            mean(report.evaluations for report in reports),
+            mean(took for _, took in results),
+            max(relative_error(ours[0], theirs[0]) for ours, theirs in zip(results, sequential, strict=True)),
         )
     peer = {"DDIMScheduler": "DDIMParallelScheduler", "DDPMScheduler": "DDPMParallelScheduler"}.get(name)
     if peer is not None:
@@ -201,17 +198,17 @@ def _paradigms_row(
         start = torch.randn(1, 1, 8, 8, generator=generator).to(device)
         began = time.perf_counter()
         outcomes.append(paradigms.sample(model, scheduler, start, generator, tolerance))
-        _wait(device)
+        wait(device)
         seconds.append(time.perf_counter() - began)
     return Row(
         name,
         steps,
         f"ParaDiGMS {tolerance:g}",
         len(sequential),
-        _mean(outcome.rounds for outcome in outcomes),
-        _mean(outcome.evaluations for outcome in outcomes),
-        _mean(seconds),
-        max(_distance(outcome.sample, theirs[0]) for outcome, theirs in zip(outcomes, sequential, strict=True)),
+        mean(outcome.rounds for outcome in outcomes),
+        mean(outcome.evaluations for outcome in outcomes),
+        mean(seconds),
+        max(relative_error(outcome.sample, theirs[0]) for outcome, theirs in zip(outcomes, sequential, strict=True)),
     )
 
 
@@ -226,23 +223,11 @@ def as_result(rows: list[Row], device: torch.device, command: str) -> dict[str, 
             other = found.get((scheduler, steps, peer))
             for unit in ("rounds", "seconds"):
                 if other is not None:
+                    name = f"{scheduler} T={steps}"
                     ours, theirs = getattr(row, unit), getattr(other, unit)
-                    comparisons.append(
-                        {
-                            "name": f"{scheduler} T={steps} {unit}",
-                            "ours": ours,
-                            "peer": theirs,
-                            "peer_name": peer,
-                            "ratio": theirs / ours,
-                            "bound": _TOLERANCE,
-                            "unit": unit,
-                        }
-                    )
+                    comparisons.append(comparison(name, unit, ours, theirs, peer, _TOLERANCE))
     return {
-        "hardware": _hardware(device),
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers")},
-        "command": command,
-        "commit": _commit(),
+        **provenance(device, ("torch", "diffusers"), command),
         "rows": comparisons,
         "measured": [row._asdict() for row in rows],
     }
@@ -284,34 +269,6 @@ def draw(rows: list[Row], path: Path) -> None:
 def _accepted(scheduler: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     taken = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in arguments.items() if name in taken}
-
-
-def _mean(values: Any) -> float:
-    numbers = [float(value) for value in values]
-    return sum(numbers) / len(numbers)
-
-
-def _distance(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=_HERE, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
