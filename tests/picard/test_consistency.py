@@ -262,6 +262,18 @@ def test_a_few_sweeps_without_the_switch_are_called_approximate(unet):
         parallel(unet, base, exact=False, sweeps=3, window=5)
 
 
+def test_it_brings_the_data_variance_that_it_was_trained_under(unet):
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    pcm = consistency(unet, random_lora(unet, 0.01), data_variance=0.05)
+    sequential = _sample(unet, base, 3, 20)
+    for given, expected in (({}, 0.05), ({"data_variance": 0.5}, 0.5)):
+        guided = parallel(unet, base, pcm=pcm, check_cost=False, **given)
+        result = _sample(unet, guided, 3, 20)
+        guided.detach()
+        assert guided.options.data_variance == expected
+        assert float((result - sequential).norm() / sequential.norm()) <= 1e-3
+
+
 def test_a_switch_of_ones_own(unet):
     base = diffusers.DDIMScheduler(clip_sample=False)
     late = Switch((5.0,), watch=False)  # only where there is little noise left

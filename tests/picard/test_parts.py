@@ -24,9 +24,9 @@ from forerun.picard.stopping import Stopping
 from forerun.picard.timesteps import SweepTimesteps
 
 
-def _levels(scheduler: object, steps: int = 10) -> NoiseLevels:
+def _levels(scheduler: object, steps: int = 10, data_variance: float = DATA_VARIANCE) -> NoiseLevels:
     scheduler.set_timesteps(steps)
-    levels = noise_levels(scheduler, scheduler.timesteps)
+    levels = noise_levels(scheduler, scheduler.timesteps, data_variance)
     assert levels is not None
     return levels
 
@@ -56,13 +56,14 @@ def test_keep_and_gain_turn_an_output_into_the_clean_image(kind: str) -> None:
         assert torch.allclose(clean, ours, rtol=1e-5, atol=1e-6)
 
 
-def test_extrapolation_is_exact_for_gaussian_data() -> None:
-    levels = _levels(DDIMScheduler())
+@pytest.mark.parametrize("variance", [DATA_VARIANCE, 0.003])
+def test_extrapolation_is_exact_for_gaussian_data(variance: float) -> None:
+    levels = _levels(DDIMScheduler(), data_variance=variance)
     mean = torch.full((1, 3), 0.4, dtype=torch.float64)
 
     def answer(point: int, sample: torch.Tensor) -> torch.Tensor:
         alpha, sigma = levels.alpha[point], levels.sigma[point]
-        slope = alpha * DATA_VARIANCE / (alpha**2 * DATA_VARIANCE + sigma**2)
+        slope = alpha * variance / (alpha**2 * variance + sigma**2)
         clean = mean + slope * (sample - alpha * mean)
         return (clean - levels.keep[point] * sample) / levels.gain[point]
 
@@ -150,6 +151,7 @@ def test_timesteps_are_a_tensor_but_for_their_loop() -> None:
         ({"max_points_per_call": 1.5}, "max_points_per_call is 1.5"),
         ({"acceleration": "magic"}, "'secant', 'anderson' or 'none'"),
         ({"coarse": 0}, "coarse is 0"),
+        ({"data_variance": 0.0}, "data_variance is 0.0"),
     ],
 )
 def test_options_name_what_is_wrong(choice: dict, message: str) -> None:

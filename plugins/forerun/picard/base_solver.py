@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from forerun.picard.draws import Draws
-from forerun.picard.levels import NoiseLevels
+from forerun.picard.levels import DATA_VARIANCE, NoiseLevels
 
 __all__ = ["BaseScheduler", "SchedulerSolver", "fresh_solver", "input_factors", "noise_levels"]
 
@@ -95,7 +95,9 @@ class SchedulerSolver:
         return after if self.dtype is None else after.to(self.dtype)
 
 
-def noise_levels(scheduler: BaseScheduler, timesteps: Tensor) -> NoiseLevels | None:
+def noise_levels(
+    scheduler: BaseScheduler, timesteps: Tensor, data_variance: float = DATA_VARIANCE
+) -> NoiseLevels | None:
     """`[T]` noise levels, read off the scheduler's own `add_noise` (off its timesteps for flow matching).
 
     None where the scheduler's prediction type is not known.
@@ -124,7 +126,7 @@ def noise_levels(scheduler: BaseScheduler, timesteps: Tensor) -> NoiseLevels | N
         keep, gain = one, -sigma
     else:
         return None
-    return NoiseLevels(alpha.double(), sigma.double(), keep.double(), gain.double())
+    return NoiseLevels(alpha.double(), sigma.double(), keep.double(), gain.double(), data_variance)
 
 
 def input_factors(scheduler: BaseScheduler, timesteps: Tensor) -> Tensor:

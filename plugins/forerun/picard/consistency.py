@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from forerun.picard.files import write_whole
+from forerun.picard.levels import DATA_VARIANCE
 from forerun.picard.lora import Lora
 from forerun.picard.switch import Switch
 from forerun.picard.weights import Weights
@@ -92,6 +93,7 @@ class Card:
     steps: int
     switch: Switch
     rank: int | None  # of the LoRA; None: a whole model
+    data_variance: float = DATA_VARIANCE  # that it was trained under
     component: str = "unet"  # the pipeline's name of the denoiser: "unet" or "transformer"
     training: dict[str, Any] = field(default_factory=dict)
 

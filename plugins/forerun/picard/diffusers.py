@@ -120,7 +120,7 @@ class PicardScheduler:
             switch: Which points it answers: "auto" (where its training found it better than the base, and no longer
                 once a sweep was not helped), "hard" (all points at first), "linear" (fading), or a `Switch`.
             **options: See `forerun.picard.options.Options`: window, tolerance, norm, max_points_per_call, acceleration,
-                coarse, warm_start, check_cost, auto, exact, sweeps.
+                coarse, warm_start, check_cost, auto, data_variance, exact, sweeps.
 
         Raises:
             TypeError: Not a diffusers pipeline, or an option that does not exist.
@@ -128,10 +128,11 @@ class PicardScheduler:
         """
         denoisers = host.pipeline_denoisers(pipe)
         rules.refuse_pipeline(pipe)
-        scheduler = _parallel_scheduler(pipe.scheduler, options)
+        consistency = Consistency.given(pcm, switch)
+        scheduler = _parallel_scheduler(pipe.scheduler, options, consistency)
         families = [rules.family(host.family_name(module), unbatched) for module in denoisers]
         ranks = PointRanks(group, timeout) if distributed or group is not None else None
-        scheduler._bind(zip(denoisers, families, strict=True), ranks, pipe, Consistency.given(pcm, switch))
+        scheduler._bind(zip(denoisers, families, strict=True), ranks, pipe, consistency)
         return scheduler
 
     @classmethod
@@ -350,13 +351,14 @@ def parallel(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"parallel takes a torch module, whose calls it can widen, and got a {type(model).__name__}")
-    made = _parallel_scheduler(scheduler, options)
+    found = Consistency.given(pcm, switch)
+    made = _parallel_scheduler(scheduler, options, found)
     ranks = PointRanks(group, timeout) if distributed or group is not None else None
-    made._bind([(model, Family(frozenset(unbatched)))], ranks, consistency=Consistency.given(pcm, switch))
+    made._bind([(model, Family(frozenset(unbatched)))], ranks, consistency=found)
     return made
 
 
-def _parallel_scheduler(scheduler: Any, options: dict[str, Any]) -> PicardScheduler:
+def _parallel_scheduler(scheduler: Any, options: dict[str, Any], pcm: Consistency | None) -> PicardScheduler:
     unknown = options.keys() - Options.names()
     if unknown:
         raise TypeError(f"unknown options {', '.join(sorted(unknown))}; there are {', '.join(sorted(Options.names()))}")
@@ -365,6 +367,8 @@ def _parallel_scheduler(scheduler: Any, options: dict[str, Any]) -> PicardSchedu
         base = scheduler._base_class
     else:
         base = type(scheduler)
+    if pcm is not None:
+        options = {"data_variance": pcm.card.data_variance, **options}
     made: PicardScheduler = _class_for(base.__name__).from_config(scheduler.config, **options)
     return made
 

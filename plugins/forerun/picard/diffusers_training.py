@@ -21,7 +21,7 @@ from forerun.picard.base_solver import fresh_solver, input_factors, noise_levels
 from forerun.picard.consistency import Base, Consistency
 from forerun.picard.denoiser import Asked, time_argument
 from forerun.picard.diffusers import PicardScheduler, parallel
-from forerun.picard.levels import NoiseLevels
+from forerun.picard.levels import DATA_VARIANCE, NoiseLevels
 from forerun.picard.solver import Solver
 from forerun.picard.trajectories import Trajectory, recorded
 from forerun_adapters import diffusers as host
@@ -51,7 +51,7 @@ class _Source(ABC):
         self.scheduler_config = {name: self._base.config[name] for name in _TELLING if name in self._base.config}
 
     @torch.no_grad()
-    def levels(self, steps: int) -> tuple[NoiseLevels, Tensor]:
+    def levels(self, steps: int, data_variance: float = DATA_VARIANCE) -> tuple[NoiseLevels, Tensor]:
         self._sample(self._base, steps, [0])  # some pipelines compute the noise levels themselves
         scheduler = self._base
         if len(scheduler.timesteps) != steps:
@@ -59,7 +59,7 @@ class _Source(ABC):
                 f"{self.scheduler} makes {len(scheduler.timesteps)} model calls of {steps} steps; train with one that "
                 "makes one call a step (the PCM can be used with others)"
             )
-        levels = noise_levels(scheduler, scheduler.timesteps)
+        levels = noise_levels(scheduler, scheduler.timesteps, data_variance)
         if levels is None:
             raise ValueError(f"{self.scheduler} shows no noise levels, which the training needs")
         return levels, levels.output_slope / input_factors(scheduler, scheduler.timesteps)
@@ -87,8 +87,10 @@ class _Source(ABC):
         return asked
 
     @torch.no_grad()
-    def rounds(self, steps: int, seeds: Sequence[int], pcm: Consistency | None) -> int:
-        scheduler = self._parallel(pcm=pcm)
+    def rounds(
+        self, steps: int, seeds: Sequence[int], pcm: Consistency | None, data_variance: float = DATA_VARIANCE
+    ) -> int:
+        scheduler = self._parallel(pcm=pcm, data_variance=data_variance)
         try:
             self._sample(scheduler, steps, seeds)
         finally:

@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["DATA_VARIANCE", "NoiseLevels"]
 
 # The square of EDM's standard deviation of images in [-1, 1] and of latents scaled for diffusion.
-DATA_VARIANCE = 0.25
+DATA_VARIANCE = 0.25  # what `data_variance` is unless a user says otherwise
 
 _TRACE = 0.02  # of a sample's variance
 
@@ -32,11 +32,12 @@ class NoiseLevels:
     sigma: Tensor  # standard deviation of the noise in the sample
     keep: Tensor  # share of the sample in the clean image
     gain: Tensor  # share of the model's output in the clean image
+    data_variance: float = DATA_VARIANCE  # of a clean sample's elements, given the conditioning
 
     @cached_property
     def denoiser_slope(self) -> Tensor:
         """`[T]` derivative of the clean image with respect to the sample, for Gaussian data."""
-        return self.alpha * DATA_VARIANCE / (self.alpha**2 * DATA_VARIANCE + self.sigma**2)
+        return self.alpha * self.data_variance / (self.alpha**2 * self.data_variance + self.sigma**2)
 
     @cached_property
     def output_slope(self) -> Tensor:
@@ -57,7 +58,7 @@ class NoiseLevels:
     @cached_property
     def size(self) -> Tensor:
         """`[T + 1]` root mean square of a sample at each point and at the end, for Gaussian data."""
-        return self.size_of(DATA_VARIANCE)
+        return self.size_of(self.data_variance)
 
     def size_of(self, variance: float) -> Tensor:
         """`[T + 1]` the same for data of another variance."""
@@ -67,7 +68,7 @@ class NoiseLevels:
     @property
     def from_noise(self) -> bool:
         """Whether the first sample is noise but for a trace, as it is not where an image is the start."""
-        return bool(self.alpha[0] ** 2 * DATA_VARIANCE <= _TRACE * self.size[0] ** 2)
+        return bool(self.alpha[0] ** 2 * DATA_VARIANCE <= _TRACE * self.size_of(DATA_VARIANCE)[0] ** 2)
 
     def _output_slope(self, denoiser_slope: Tensor) -> Tensor:
         slope = (denoiser_slope - self.keep) / self.gain

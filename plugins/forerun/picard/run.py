@@ -175,7 +175,7 @@ class Run:
 
     @cached_property
     def _levels(self) -> NoiseLevels | None:
-        return noise_levels(self._base, self._timesteps)
+        return noise_levels(self._base, self._timesteps, self._options.data_variance)
 
     def scale(self, sample: Tensor, unscaled: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`scale_model_input` of the running loop."""

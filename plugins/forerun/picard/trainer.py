@@ -49,7 +49,7 @@ class Trainer:
         self._source, self._out, self._training = source, out, training
         self._fingerprint = source.fingerprint()
         self._cache = None if cache is None else cache / self._fingerprint
-        self._levels, self._slope = source.levels(training.steps)
+        self._levels, self._slope = source.levels(training.steps, training.data_variance)
         for parameter in source.module.parameters():
             if parameter.requires_grad:
                 undone.callback(parameter.requires_grad_, True)
@@ -66,7 +66,7 @@ class Trainer:
         self._history: list[dict[str, float]] = []
         self._updates = 0
         self._base = Base.of(source.module, source.name)
-        self._plain_rounds = source.rounds(training.steps, self._held_out_seeds(), None)
+        self._plain_rounds = self._rounds(None)
         self.turn = self._resume()
         self._model, self._stepper = self.accelerator.prepare(self._adapted, self._optimizer)
 
@@ -86,8 +86,7 @@ class Trainer:
 
     def measure(self) -> dict[str, float]:
         """Errors and rounds on the held-out noise; where the PCM is better than the base becomes the switch."""
-        training, seeds = self._training, self._held_out_seeds()
-        rows, finished = self._rows(seeds)
+        rows, finished = self._rows(self._held_out_seeds())
         objective = self._objective(finished)
         base, pcm = (
             objective.table(self._answers(rows, finished, change), rows) for change in (None, self._averaged())
@@ -98,7 +97,7 @@ class Trainer:
         measured = {
             "base_error": float(base.mean()),
             "error": float(pcm.mean()),
-            "rounds": float(self._source.rounds(training.steps, seeds, self.consistency())),
+            "rounds": float(self._rounds(self.consistency())),
             "rounds_without": float(self._plain_rounds),
         }
         self._history.append({"updates": self._updates, **measured})
@@ -114,6 +113,7 @@ class Trainer:
             steps=training.steps,
             switch=Switch(self._switch.from_signal),
             rank=None if training.full else training.rank,
+            data_variance=training.data_variance,
             component=source.component,
             training={**asdict(training), "history": self._history},
         )
@@ -245,6 +245,10 @@ class Trainer:
 
     def _averaged(self) -> Lora | Weights:
         return self._adapted.change(self._ema)
+
+    def _rounds(self, pcm: Consistency | None) -> int:
+        training = self._training
+        return self._source.rounds(training.steps, self._held_out_seeds(), pcm, training.data_variance)
 
     def _held_out_seeds(self) -> list[int]:
         return list(range(_HELD_OUT, _HELD_OUT + self._training.held_out))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from forerun.picard.consistency import Consistency
 from forerun.picard.denoiser import Asked
-from forerun.picard.levels import NoiseLevels
+from forerun.picard.levels import DATA_VARIANCE, NoiseLevels
 from forerun.picard.solver import Solver
 from forerun.picard.trajectories import Trajectory
 
@@ -38,6 +38,7 @@ class Training:
         learning_rate: Of Adam, after a warm-up and before it falls along a cosine.
         ema: Decay of the moving average.
         pool: Turns after which the same noise comes again; None: never. With a cache it bounds the disk.
+        data_variance: See `forerun.picard.options.Options`; runs with the PCM take it from here.
         held_out: Samples to measure on.
         measure_every: Turns between two measurements, and between two checkpoints.
         mixed_precision: "no", "fp16" or "bf16".
@@ -60,6 +61,7 @@ class Training:
     learning_rate: float = 5e-4
     ema: float = 0.999
     pool: int | None = None
+    data_variance: float = DATA_VARIANCE
     held_out: int = 16
     measure_every: int = 25
     mixed_precision: str = "no"
@@ -99,7 +101,7 @@ class Source(Protocol):
     def solver(self, steps: int) -> Solver:
         """The sampler, standing at point 0."""
 
-    def levels(self, steps: int) -> tuple[NoiseLevels, Tensor]:
+    def levels(self, steps: int, data_variance: float) -> tuple[NoiseLevels, Tensor]:
         """Noise levels of the points, and `[T]` the slope of the answer in the model's input, for Gaussian data."""
 
     def finished(self, steps: int, seeds: Sequence[int]) -> list[Trajectory]:
@@ -108,5 +110,5 @@ class Source(Protocol):
     def asked(self, steps: int, seeds: Sequence[int], pcm: Consistency, sweeps: int) -> list[Asked]:
         """What the first sweeps of a parallel run with the PCM ask."""
 
-    def rounds(self, steps: int, seeds: Sequence[int], pcm: Consistency | None) -> int:
+    def rounds(self, steps: int, seeds: Sequence[int], pcm: Consistency | None, data_variance: float) -> int:
         """Rounds of a certified parallel run."""
