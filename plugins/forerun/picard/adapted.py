@@ -56,7 +56,7 @@ class AdaptedLora(Adapted):
         self._rows = self.change(dict(self.named_parameters())).on(module)
 
     def on_all(self, rows: int) -> contextlib.AbstractContextManager[None]:
-        return self._rows.weighted(torch.ones(rows))
+        return self._rows.weighted(torch.ones(rows), next(self.parameters()).device)
 
     def change(self, values: Mapping[str, Tensor]) -> Lora:
         names = self._names.items()

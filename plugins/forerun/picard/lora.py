@@ -60,29 +60,41 @@ class RowLora:
 
     def answer(self, ask: Callable[[], Any], weights: Tensor, device: torch.device) -> Any:
         """What `ask` returns under the LoRA: `weights` `[rows]` on the CPU, the call's tensors are on `device`."""
-        with self.weighted(weights.to(device)):
+        with self.weighted(weights, device):
             return ask()
 
     @contextlib.contextmanager
-    def weighted(self, weights: Tensor) -> Iterator[None]:
+    def weighted(self, weights: Tensor, device: torch.device | None = None) -> Iterator[None]:
         """Within, the module's row r answers with `weights[r]` times the LoRA.
 
         Args:
-            weights: `[rows]` of the module's batch.
+            weights: `[rows]` of the module's batch, on the CPU.
+            device: Of the module's inputs; the CPU by default.
         """
+        index = weights.nonzero().flatten()
+        rows = _Rows(len(weights), index.to(device), weights[index].to(device))
         for change in self._changes:
-            change.weights = weights
+            change.rows = rows
         try:
             yield
         finally:
             for change in self._changes:
-                change.weights = None
+                change.rows = None
 
     def remove(self) -> None:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a call that have the LoRA."""
+
+    count: int  # of the call
+    index: Tensor  # [n]
+    weights: Tensor  # [n]
 
 
 class _Change:
@@ -99,22 +111,28 @@ class _Change:
             raise ValueError(f"the LoRA's change of {name} is {list(shape)}, the layer is {list(plain.weight.shape)}")
         self._layer = plain
         self._down, self._up, self._scale = down, up, scale
-        self.weights: Tensor | None = None
+        self.rows: _Rows | None = None
 
     def __call__(self, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self.weights is None:
+        if self.rows is None:
             return None
+        count, index, weights = self.rows.count, self.rows.index, self.rows.weights
         x = given[0]
         down, up = self._down.to(x.device, x.dtype), self._up.to(x.device, x.dtype)
         if not down.requires_grad:
             self._down, self._up = down, up  # moved once; in training they change
+        if len(index) < count:
+            x = x.unflatten(0, (count, -1))[index].flatten(0, 1)
         if isinstance(self._layer, nn.Linear):
             change = nn.functional.linear(nn.functional.linear(x, down), up)
         else:
             change = self._convolved(x, down, up)
-        weights = (self.weights * self._scale).to(output.device, output.dtype)
-        rows = weights.repeat_interleave(len(output) // len(weights)).reshape(-1, *(1,) * (output.ndim - 1))
-        return output + torch.where(rows == 0, 0, change * rows)  # 0 times what is not finite is not 0
+        scale = (weights * self._scale).to(output.dtype).repeat_interleave(len(change) // len(index))
+        change = change * scale.reshape(-1, *(1,) * (change.ndim - 1))
+        if len(index) == count:
+            return output + change
+        by_row: Tensor = output.unflatten(0, (count, -1))
+        return by_row.index_add(0, index, change.unflatten(0, (len(index), -1)).to(output.dtype)).flatten(0, 1)
 
     def _convolved(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         layer = self._layer
