@@ -4,7 +4,8 @@
 
 Every sampler runs the same episodes of gymnasium's Reacher-v5 (MuJoCo) from the same noise. Prints a table: success,
 return, rounds and latency of an action chunk, and the largest difference to the chunk that stock DDIM makes of the same
-observation and noise. Needs gymnasium and mujoco, no display.
+observation and noise. A Picard Consistency Model (PCM) takes part where one was trained for the steps. Approximate rows
+end after two rounds, wherever their trajectory is then. Needs gymnasium and mujoco, no display.
 
 The policy's actions are the joints' speeds, which a servo holds at every control step: between two looks at the arm, a
 policy that gave torques would have its small errors summed twice.
@@ -34,9 +35,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from forerun.picard.consistency import Base, Consistency
 from forerun.picard.diffusers import parallel
 
 ASSETS = Path(__file__).parent / "assets" / "arm"
+PCMS = {15: ASSETS / "pcm", 100: ASSETS / "pcm-100"}  # by the steps that each is for; train_arm_pcm.py makes them
+# Of the policy's actions (in [-1, 1]) given what it sees; forerun's default is that of images. No training needed.
+DATA_VARIANCE = 0.01
 MOTOR = 200.0  # N m, a motor's largest torque; both joints' inertia is about 1 kg m2, their damping 1 N m s
 SERVO = 15.0  # N m for each rad/s that a joint is off its speed
 SETTLED = 10  # control steps at the end of an episode (50 of 20 ms) that count for success
@@ -90,12 +95,37 @@ class Sampler:
     scheduler: Any
 
 
-def samplers(policy: ActionUNet) -> Iterable[Sampler]:
+def ways(pcm: Consistency | None) -> dict[str, dict[str, Any]]:
+    """Options of `parallel` by the name of their row; those with a PCM where there is one."""
+    plain: dict[str, Any] = {"acceleration": "none"}
+    early = {"exact": False, "sweeps": 2}
+    found = {
+        "plain Picard iteration": plain,
+        "plain + PCM": plain | {"pcm": pcm},
+        "forerun's default": {},
+        "default + PCM": {"pcm": pcm},
+        "default, data_variance fitted": {"data_variance": DATA_VARIANCE},
+        "approximate: plain": plain | early,
+        "approximate: plain + PCM": plain | early | {"pcm": pcm},
+    }
+    return {name: options for name, options in found.items() if pcm is not None or "pcm" not in options}
+
+
+def samplers(policy: ActionUNet, pcm: Consistency | None) -> Iterable[Sampler]:
     """The table's rows, stock DDIM first; each has a copy of the policy, as `parallel` hooks what it is given."""
     yield Sampler("diffusers DDIM, sequential", copy.deepcopy(policy), ddim())
-    for name, options in {"plain Picard iteration": {"acceleration": "none"}, "forerun's default": {}}.items():
+    for name, options in ways(pcm).items():
         model = copy.deepcopy(policy)
         yield Sampler(name, model, parallel(model, ddim(), check_cost=False, **options))
+
+
+def trained_pcm(policy: ActionUNet, steps: int) -> Consistency | None:
+    """The PCM for that many steps, if there is one and it is this policy's."""
+    folder = PCMS.get(steps)
+    if folder is None or not folder.is_dir():
+        return None
+    pcm = Consistency.load(folder)
+    return pcm if pcm.card.base.same(Base.of(policy, "")) else None
 
 
 @dataclass(frozen=True)
@@ -166,7 +196,7 @@ def measure(policy: ActionUNet, steps: int, episodes: int) -> list[Row]:
     """All samplers at that many steps, on the same episodes."""
     rows = []
     stock: Sampler | None = None
-    for sampler in samplers(policy):
+    for sampler in samplers(policy, trained_pcm(policy, steps)):
         controller = Controller(sampler, steps, stock)
         stock = stock or sampler
         tries = list(play(controller, episodes, f"{sampler.name}, {steps} steps"))

@@ -2,7 +2,7 @@
 
 Each way to sample with a PCM stands beside the same one without, and beside one whose PCM changes nothing ("slope
 only"). Three parts: "rounds" runs every way until it has converged, "quality" looks at the sample after 1, 2, 3, …
-sweeps with no final switch to the base model, "control" drives the arm (on the CPU whatever the device). Writes
+sweeps, whatever it is then, "control" drives the arm (on the CPU whatever the device). Writes
 `results/pcm.json` (`pcm-cuda.json` with `--device cuda`) and a picture beside it. Parts and cases that are not named
 keep what an earlier run wrote.
 

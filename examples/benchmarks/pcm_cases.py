@@ -40,6 +40,7 @@ class Way(NamedTuple):
 
     acceleration: Acceleration
     pcm: str | None = None  # "trained"; "zero": one whose LoRA changes nothing, under the same switch
+    fitted: bool = False  # with the data variance of the case, where the default's does not fit it
 
 
 # A PCM's sweeps carry answers along the slope of Gaussian data. "Slope only" has that slope and the base's own answers:
@@ -51,7 +52,9 @@ WAYS = {
     "PCM + acceleration": Way("secant", "trained"),
     "slope only": Way("none", "zero"),
     "slope only + acceleration": Way("secant", "zero"),
+    "accelerated, fitted": Way("secant", fitted=True),
 }
+FITTED = {"arm": 0.01}  # data variance, by the case's name
 
 
 class Given(NamedTuple):
@@ -101,6 +104,11 @@ class Case:
         """A copy of the model for one way alone, since hooks stay on it."""
         return copy.deepcopy(self.model)
 
+    @property
+    def ways(self) -> dict[str, Way]:
+        """Those that this case has."""
+        return {name: way for name, way in WAYS.items() if not way.fitted or self.name in FITTED}
+
     def pcm(self, way: Way) -> Consistency | None:
         if way.pcm is None:
             return None
@@ -111,6 +119,8 @@ class Case:
         """A model and the scheduler bound to it; `options` are those of `parallel`."""
         model = self.fresh()
         options = {"acceleration": way.acceleration, "pcm": self.pcm(way), "check_cost": False, **options}
+        if way.fitted:
+            options["data_variance"] = FITTED[self.name]
         return model, parallel(model, self.scheduler, **options)
 
 

@@ -1,4 +1,4 @@
-"""How good a sample is after so many sweeps and no more, the Picard Consistency Model answering in all of them.
+"""How good a sample is after so many sweeps and no more; none has to be accepted.
 
 That is `exact=False, sweeps=k`, for every k at once: a run of k sweeps is the beginning of one of k + 1.
 """
@@ -25,7 +25,7 @@ from forerun.picard.window import Window
 __all__ = ["Row", "check", "compared", "measure"]
 
 _BATCH = 8  # samples of a run
-_WITHOUT_SWITCH = {name: way for name, way in WAYS.items() if name != "slope only + acceleration"}
+_WITHOUT_SWITCH = {name: way for name, way in WAYS.items() if name != "slope only + acceleration" and not way.fitted}
 _SWEEPS_COMPARED = 2
 # Of plain Picard's distance to the PCM's; arXiv 2503.19731 has an FID of 257.8 against 67.7 after two sweeps.
 _TARGET = 3.0
@@ -91,7 +91,7 @@ def _begun(case: Case, way: Way, start: Tensor) -> Window[SchedulerSolver]:
         acceleration=way.acceleration,
         levels=levels,
         alone=False,
-        guide=None if pcm is None else Guide(pcm.card.switch, levels, exact=False),
+        guide=None if pcm is None else Guide(pcm.card.switch, levels),
     )
 
 

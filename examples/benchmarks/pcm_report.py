@@ -21,6 +21,7 @@ _COLOURS = {
     "PCM + acceleration": "tab:red",
     "slope only": "tab:green",
     "slope only + acceleration": "tab:olive",
+    "accelerated, fitted": "tab:purple",
 }
 _TOLD = (1, 2, 3, 4, 6, 8, 12)  # sweeps in the table
 
@@ -37,7 +38,7 @@ def rounds_table(rows: Sequence[pcm_rounds.Row]) -> Table:
             f"{row.evaluations:.0f}",
             f"{row.seconds * 1e3:.0f}",
             f"{row.error:.1e} ({row.largest_error:.1e})",
-            end_section=row.way == "slope only + acceleration",
+            end_section=row.way == ("accelerated, fitted" if row.case == "arm" else "slope only + acceleration"),
         )
     return made
 
@@ -89,10 +90,11 @@ def draw(rounds: Sequence[pcm_rounds.Row], quality: Sequence[pcm_quality.Row], p
 
 def _bars(axes: Axes, rows: list[pcm_rounds.Row]) -> None:
     rules = list(dict.fromkeys(row.rule for row in rows))
-    width = 0.9 / len(_COLOURS)
-    for index, (way, colour) in enumerate(_COLOURS.items()):
+    ways = {way: colour for way, colour in _COLOURS.items() if any(row.way == way for row in rows)}
+    width = 0.9 / len(ways)
+    for index, (way, colour) in enumerate(ways.items()):
         values = [row.rounds for row in rows if row.way == way]
-        places = [place + (index - (len(_COLOURS) - 1) / 2) * width for place in range(len(rules))]
+        places = [place + (index - (len(ways) - 1) / 2) * width for place in range(len(rules))]
         bars = axes.bar(places, values, width, color=colour, label=way)
         axes.bar_label(bars, fmt="%.1f", fontsize=6)
     axes.set_xticks(range(len(rules)), rules, fontsize=8)
@@ -113,7 +115,7 @@ def _lines(axes: Axes, rows: list[pcm_quality.Row], unit: str) -> None:
     if unit == "distance":
         axes.axhline(sequential.distance, color="black", linestyle="--", linewidth=1, label="sequential")
     said = {"distance": "Fréchet distance to real digits", "error": "relative error to sequential"}[unit]
-    axes.set(title=f"{sequential.case} N={sequential.steps}, no final switch", xlabel="sweeps", ylabel=said)
+    axes.set(title=f"{sequential.case} N={sequential.steps}, ended early", xlabel="sweeps", ylabel=said)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(fontsize=7)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 from measurement import comparison, mean, relative_error, wait
-from pcm_cases import FIRST_SEED, WAYS, Case, sample
+from pcm_cases import FIRST_SEED, Case, sample
 from torch import Tensor, nn
 
 __all__ = ["RULES", "Row", "compared", "measure"]
@@ -58,7 +58,7 @@ class _Run(NamedTuple):
 def measure(case: Case, rule: str, seeds: int) -> list[Row]:
     """All ways, turn by turn on each seed, so that what else the machine does falls on all of them."""
     samplers = {"sequential": (case.fresh(), case.scheduler)}
-    samplers |= {name: case.sampler(way, **RULES[rule]) for name, way in WAYS.items()}
+    samplers |= {name: case.sampler(way, **RULES[rule]) for name, way in case.ways.items()}
     runs = defaultdict(list)
     for seed in (FIRST_SEED + seeds, *range(FIRST_SEED, FIRST_SEED + seeds)):
         for way, (model, scheduler) in samplers.items():

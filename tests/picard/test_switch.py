@@ -60,14 +60,6 @@ def test_a_sweep_that_was_not_helped_ends_it():
     assert guide.weights([0, 1, 2]) == (0, 0, 0)
 
 
-def test_without_the_switch_it_never_ends():
-    guide = Guide(Switch((0.0,)), _levels(3), exact=False)
-    for _ in range(3):
-        assert guide.weights([0, 1, 2]) == (0, 1, 1)
-        guide.asked([0, 1, 2])
-        guide.saw(1.0, guided=True)
-
-
 Z, STEPS = -0.08, 24
 
 

@@ -28,9 +28,10 @@ class Options:
         auto: Step aside, instead of warning, when parallel sampling is slower here.
         data_variance: Of a clean sample's elements, given the conditioning; the slope along which answers follow a move
             comes from it. The default is that of images and latents scaled for diffusion. A policy's actions hardly
-            vary given what it sees: 0.003, say, where they range from -1 to 1. It changes rounds, not the result. A
+            vary given what it sees: 0.01, say, where they range from -1 to 1. It changes rounds, not the result. A
             Picard Consistency Model brings the one that it was trained with.
-        exact: False: end after `sweeps` rounds with whatever the trajectory is then. The result is approximate.
+        exact: False: end after `sweeps` rounds with whatever the trajectory is then, a Picard Consistency Model's
+            answers among it. The result is approximate.
         sweeps: How many rounds with `exact=False`.
 
     Raises:

@@ -171,7 +171,7 @@ class Run:
         switch, levels = self._setting.switch, self._levels
         if switch is None or levels is None:
             return None
-        return Guide(switch, levels, exact=self._options.exact)
+        return Guide(switch, levels)
 
     @cached_property
     def _levels(self) -> NoiseLevels | None:

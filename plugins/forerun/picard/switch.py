@@ -69,13 +69,11 @@ class Guide:
     Args:
         switch: The rule.
         levels: Noise levels of the points.
-        exact: False: the last age's rule goes on, the base model never takes over.
     """
 
-    def __init__(self, switch: Switch, levels: NoiseLevels, *, exact: bool = True) -> None:
+    def __init__(self, switch: Switch, levels: NoiseLevels) -> None:
         self._switch = switch
         self._signal = (levels.alpha / levels.sigma).tolist()
-        self._exact = exact
         self._ages = [0] * len(self._signal)
         self._last: float | None = None  # largest change of the last sweep, if the PCM answered in it
         self.dropped = False
@@ -93,7 +91,7 @@ class Guide:
 
     def saw(self, change: float, *, guided: bool) -> None:
         """Says how much a sweep changed at most, and whether the PCM answered in it."""
-        if self._last is not None and not change <= _HELPED * self._last and self._switch.watch and self._exact:
+        if self._last is not None and not change <= _HELPED * self._last and self._switch.watch:
             self.dropped = True
         self._last = change if guided else None
 
@@ -102,5 +100,4 @@ class Guide:
         self.dropped = True
 
     def _weight(self, point: int) -> float:
-        age = self._ages[point] if self._exact else min(self._ages[point], len(self._switch.from_signal) - 1)
-        return self._switch.weight(age, self._signal[point])
+        return self._switch.weight(self._ages[point], self._signal[point])
