@@ -1,17 +1,22 @@
-"""The README's measured table says what the committed benchmark says."""
+"""The README's measured tables say what the committed benchmarks say."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 _ROOT = Path(__file__).parents[2]
+_RESULTS = _ROOT / "examples" / "benchmarks" / "results"
 _WAYS = ("sequential", "plain", "accelerated", "ParaDiGMS 0.001")
+_PCM_WAYS = ("plain", "slope only", "PCM", "accelerated", "PCM + acceleration")
 
 
 def picard_table() -> list[str]:
     """The table's rows, from `examples/benchmarks/results/picard.json`."""
-    measured = json.loads((_ROOT / "examples" / "benchmarks" / "results" / "picard.json").read_text())["measured"]
+    measured = json.loads((_RESULTS / "picard.json").read_text())["measured"]
     rows = []
     for steps in sorted({row["steps"] for row in measured}):
         cells = {row["way"]: row for row in measured if (row["scheduler"], row["steps"]) == ("DDIMScheduler", steps)}
@@ -23,7 +28,32 @@ def picard_table() -> list[str]:
     return rows
 
 
-def test_the_measured_table_is_the_benchmarks() -> None:
+def pcm_table() -> list[str]:
+    """The table's rows, from `examples/benchmarks/results/pcm.json`."""
+    measured = json.loads((_RESULTS / "pcm.json").read_text())["measured"]
+    rows = []
+    for case, steps in dict.fromkeys((row["case"], row["steps"]) for row in measured):
+        found = [row for row in measured if (row["case"], row["steps"]) == (case, steps)]
+        cells = [" / ".join(f"{row['rounds']:.1f}" for row in found if row["way"] == way) for way in _PCM_WAYS]
+        rows.append(f"| {case}, N = {steps} | {' | '.join(cells)} |")
+    return rows
+
+
+def quality_table() -> list[str]:
+    """The table's rows after 1, 2, 3 and 6 sweeps, from the same file."""
+    quality = [row for row in json.loads((_RESULTS / "pcm.json").read_text())["quality"] if row["case"] == "digits"]
+    rows = []
+    for way, name in (("plain", "plain Picard"), ("accelerated", "forerun"), ("PCM + acceleration", "forerun + PCM")):
+        at = {row["sweeps"]: row for row in quality if row["way"] == way}
+        cells = [f"{at[sweeps]['distance']:.0f} / {at[sweeps]['error']:.3f}" for sweeps in (1, 2, 3, 6)]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+@pytest.mark.parametrize("table", [picard_table, pcm_table, quality_table])
+def test_the_measured_table_is_the_benchmarks(table: Callable[[], list[str]]) -> None:
     readme = (_ROOT / "README.md").read_text()
-    for row in picard_table():
+    rows = table()
+    assert rows
+    for row in rows:
         assert row in readme
