@@ -1,0 +1,103 @@
+"""The best plan that the time allows, and how far from the best possible it may be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from forerun.dlrm.bound import lower_bound
+from forerun.dlrm.exact import columns, solve
+from forerun.dlrm.infeasible import Infeasible
+from forerun.dlrm.problem import Plan, Problem, validate
+from forerun.dlrm.search import search
+
+__all__ = ["Result", "best_plan"]
+
+_BRANCHED = 1500  # columns of a programme that is solved whatever the time: seconds
+
+
+@dataclass(frozen=True)
+class Result:
+    """A plan and what is known of it.
+
+    Args:
+        plan: The plan.
+        bound: No plan rates less (ms).
+        proven: Whether the plan is the best one (to a millionth of its rating).
+        source: What found it: "search", "exact", or "candidate".
+    """
+
+    plan: Plan
+    bound: float
+    proven: bool
+    source: str
+
+    @property
+    def gap(self) -> float:
+        """By what share of the bound the plan may be above the best one; 0: it is the best one."""
+        return 0.0 if self.proven or self.bound <= 0 else max(self.plan.rating / self.bound - 1, 0.0)
+
+
+def best_plan(
+    problem: Problem,
+    *,
+    seed: int = 0,
+    work: float | None = None,
+    deadline: float | None = None,
+    exact_columns: int = 25_000,
+    exact_nodes: int = 1000,
+    exact_seconds: float = 60.0,
+    candidates: Sequence[Plan] = (),
+) -> Result:
+    """Search, then, for few tables, the integer programme.
+
+    Args:
+        problem: What is planned.
+        seed: Of the search.
+        work: Of the search.
+        deadline: Moment of `time.monotonic()` (s) at which to be done; None: counts of work end both, and the same
+            input gives the same plan.
+        exact_columns: The integer programme is asked if it has no more columns (`exact.columns`) below the rating that
+            the search found; 0: never.
+        exact_nodes: Its branches, without a deadline; from 1,500 columns on only its root, for the bound.
+        exact_seconds: Its time at most, with a deadline (s).
+        candidates: Other planners' plans; the answer is worse than none of them.
+
+    Raises:
+        Infeasible: No plan was found that keeps to the ranks' memory.
+        ValueError: A candidate is no plan of the problem.
+    """
+    for candidate in candidates:
+        validate(problem, candidate)
+    start = min(candidates, key=lambda plan: plan.rating, default=None)
+    source = "candidate"
+    few = columns(problem) <= 4 * exact_columns
+    failure: Infeasible | None = None
+    try:
+        # Half the time is the search's: the programme only improves on a plan that is good already.
+        half = deadline if deadline is None or not few else (time.monotonic() + deadline) / 2
+        found = search(problem, seed=seed, work=work, deadline=half, start=start)
+        if found is not start:
+            start, source = found, "search"
+    except Infeasible as misfit:
+        if start is None and misfit.proven:
+            raise
+        failure = misfit
+    bound, proven = lower_bound(problem), False
+    exact = columns(problem, np.inf if start is None else start.rating) <= exact_columns
+    if exact and (start is None or start.rating > bound * (1 + 1e-6)):
+        if deadline is None:
+            branched = start is None or columns(problem, start.rating) <= _BRANCHED
+            solved = solve(problem, start=start, deadline=None, nodes=exact_nodes if branched else 0)
+        else:
+            solved = solve(problem, start=start, deadline=min(deadline, time.monotonic() + exact_seconds))
+        bound, proven = max(bound, solved.bound), solved.optimal
+        if solved.plan is not None and solved.plan is not start:
+            start, source = solved.plan, "exact"
+    if start is None:
+        assert failure is not None  # a search that does not fail gives a plan
+        raise failure
+    return Result(start, bound, proven or start.rating <= bound * (1 + 1e-6), source)
