@@ -34,7 +34,10 @@ class DropIn:
 
 
 # `cpu` and `gpu` are held to the committed tests and results by tests/house/test_doctor.py.
-DROP_INS = (DropIn("forerun.picard.diffusers.PicardScheduler", "diffusers", needs=("torch",), cpu=True, gpu=False),)
+DROP_INS = (
+    DropIn("forerun.picard.diffusers.PicardScheduler", "diffusers", needs=("torch",), cpu=True, gpu=False),
+    DropIn("forerun.dlrm.torchrec.DLRMPlanner", "torchrec", needs=("torch", "numpy", "scipy"), cpu=True, gpu=False),
+)
 
 
 @dataclass(frozen=True)

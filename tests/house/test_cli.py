@@ -87,15 +87,29 @@ def test_demo_refuses_an_unknown_scheme(run, tmp_path):
 def test_demo_needs_a_checkout(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_one_line_error(run("demo"), "sample_digits.py", "checkout")
+    assert_one_line_error(run("demo", "--scheme", "dlrm"), "plan_dlrm.py", "checkout")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_demo_writes_the_page_and_says_where(run, tmp_path, monkeypatch):
     monkeypatch.setattr("forerun.picard.demo.run", lambda progress: Section("picard", "shown"))
+    monkeypatch.setattr("forerun.dlrm.demo.run", lambda progress: Section("dlrm", "planned"))
     result = run("demo", "--out", tmp_path / "report")
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "report" / "index.html") in result.stdout.replace("\n", "")
-    assert "shown" in (tmp_path / "report" / "index.html").read_text()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert page.index("shown") < page.index("planned")
+
+
+def test_a_demos_script_that_fails_says_what_it_printed(run, tmp_path, monkeypatch):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "plan_dlrm.py").write_text("print('no ranks today'); raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    result = run("demo", "--scheme", "dlrm")
+    assert result.exit_code == 1
+    assert "exit 3" in result.stderr
+    assert "no ranks today" in result.stderr
+    assert not (tmp_path / "build").exists()
 
 
 def test_every_scheme_has_a_room(root):

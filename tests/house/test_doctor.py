@@ -10,6 +10,7 @@ from forerun import doctor
 from forerun_adapters._require import HOSTS
 
 PICARD = "forerun.picard.diffusers.PicardScheduler"
+DLRM = "forerun.dlrm.torchrec.DLRMPlanner"
 
 
 @pytest.fixture
@@ -56,6 +57,16 @@ def test_a_drop_in_without_torch_is_not_usable(installed):
     assert check_of("diffusers").ok
     assert check_of("diffusers").usable == ()
     assert check_of("diffusers").remedy == "pip install 'forerun[diffusers]'"
+
+
+def test_the_planner_needs_its_solver(installed):
+    here = {"torchrec": "1.8.0", "torch": "2.13.0", "numpy": "2.3.0", "scipy": "1.17.1"}
+    installed(here)
+    assert check_of("torchrec").usable == (DLRM,)
+    assert check_of("torchrec").remedy is None
+    installed({name: version for name, version in here.items() if name != "scipy"})
+    assert check_of("torchrec").usable == ()
+    assert check_of("torchrec").remedy == "pip install 'forerun[torchrec]'"
 
 
 def test_an_unsupported_release_is_not_healthy(installed):

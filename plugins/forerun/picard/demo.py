@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forerun._example import run_example
 from forerun.report import Picture, Section, Table
 
 __all__ = ["run"]
-
-_SCRIPT = Path("examples") / "sample_digits.py"
 
 _TEXT = """\
 A UNet trained on scikit-learn's digits, sampled by diffusers' DDIMPipeline from the same seeds: as diffusers does it, \
@@ -38,26 +35,9 @@ def run(progress: Callable[[str], None]) -> Section:
         FileNotFoundError: The current folder is not a checkout of forerun.
         RuntimeError: The example failed; the message ends with what it printed.
     """
-    if not _SCRIPT.is_file():
-        raise FileNotFoundError(
-            f"there is no {_SCRIPT} in {Path.cwd()}: the demo needs a checkout of forerun, and runs from its root"
-        )
     with tempfile.TemporaryDirectory() as folder:
-        _sample(Path(folder), progress)
+        run_example("sample_digits.py", Path(folder), progress)
         return _section(Path(folder))
-
-
-def _sample(out: Path, progress: Callable[[str], None]) -> None:
-    command = [sys.executable, "-u", str(_SCRIPT), "--out", str(out)]
-    told: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            told.append(line.rstrip())
-            progress(told[-1])
-    if process.returncode:
-        last = "\n".join(told[-10:])
-        raise RuntimeError(f"{_SCRIPT} failed (exit {process.returncode}):\n{last}")
 
 
 def _section(out: Path) -> Section:
