@@ -126,6 +126,18 @@ def test_a_perfect_answer_ends_in_one_sweep():
     assert_same_image(current, expected)
 
 
+def test_finished_points_are_the_history_of_a_multistep_sampler():
+    origin = LoopSource(Net(), diffusers.DPMSolverMultistepScheduler(num_train_timesteps=100), SHAPE)
+    _, slope = origin.levels(6)
+    finished = origin.finished(6, [1, 2])
+    given = finished[0].inputs.transpose(0, 1) + torch.randn(2, 6, *SHAPE) * 0.3
+    given[:, 3] = finished[0].inputs[3]
+    rows = rows_of(finished, [Asked(0, (3, 4, 5), given[:, 3:])], slope)
+    objective = SweepObjective(origin.solver(6), slope, finished, 1)
+    index = objective.pick(rows, torch.Generator().manual_seed(0))
+    assert float(objective.loss(rows.targets[index], rows[index])) < 1e-8
+
+
 def test_the_objective_of_whole_sweeps():
     """Nothing for answers that land on the finished trajectory; what a step makes of it for others; refusals."""
     origin = LoopSource(Net(), diffusers.DDIMScheduler(num_train_timesteps=100, clip_sample=False), SHAPE)

@@ -7,7 +7,7 @@ import pipelines as made
 import pytest
 import torch
 from comparison import assert_same_image, sample
-from consistency_models import consistency
+from consistency_models import consistency, random_lora
 from peft import LoraConfig
 from test_lora import _ask
 
@@ -90,6 +90,14 @@ def test_files_that_diffusers_loads(unet, tmp_path):
     for name, value in theirs.named_parameters():
         assert torch.equal(value, loaded.change.values[name])
         assert torch.equal(value, pcm.change.values[name])
+
+
+def test_a_folder_with_somebodys_model_keeps_it(unet, tmp_path):
+    unet.save_pretrained(tmp_path)
+    before = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
+    consistency(unet, random_lora(unet, 0.1)).save(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert (tmp_path / "config.json").is_file()
 
 
 @pytest.mark.parametrize(("switch", "ages"), [("hard", 1), ("linear", 3)])

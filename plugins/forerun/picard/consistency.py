@@ -180,11 +180,13 @@ class Consistency:
         else:
             values = {name: value.contiguous() for name, value in self.change.values.items()}
             files = {_MODEL: save(values, {"format": "pt"}), _CONFIG: self.change.config.encode()}
-        for name in {_LORA, _MODEL, _CONFIG} - files.keys():
-            (folder / name).unlink(missing_ok=True)  # of another kind that was here
+        replaced = (folder / _CARD).is_file()
         for name, content in files.items():
             write_whole(folder / name, content)
         write_whole(folder / _CARD, self.card.as_json().encode())
+        if replaced:  # a PCM of the other kind; without a card such files are somebody else's
+            for name in {_LORA, _MODEL, _CONFIG} - files.keys():
+                (folder / name).unlink(missing_ok=True)
 
     def check(self, module: nn.Module, name: str) -> None:
         """Raises ValueError unless `module` is the base that it was trained from."""

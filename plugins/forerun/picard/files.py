@@ -14,7 +14,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: The disk does not take it; what was there before stays.
     """
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")  # other processes may write it too
     try:
         with unfinished.open("wb") as file:
             file.write(content)

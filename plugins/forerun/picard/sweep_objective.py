@@ -37,6 +37,7 @@ class SweepObjective:
     def __init__(self, solver: Solver, slope: Tensor, finished: list[Trajectory], sweeps: int) -> None:
         self._solver, self._slope, self._sweeps = solver, slope.tolist(), sweeps
         trajectory = finished[0]
+        self._answers = trajectory.answers
         self._samples = self._rolled(trajectory)  # [T + 1, R, ...]
         again = torch.stack([solver.scale(x, point) for point, x in enumerate(self._samples[:-1])])
         if len(finished) > 1 or not (again - trajectory.inputs).norm() <= _SAME * trajectory.inputs.norm():
@@ -56,10 +57,11 @@ class SweepObjective:
         """Mean squared distance of the sweep's samples, over the spread of those asked at (the paper's alpha)."""
         points = rows.points.unique().tolist()
         given, answers = (values.unflatten(0, (len(points), -1)) for values in (rows.samples, answers))
-        wanted = self._samples[:, rows.owners[: given.shape[1], 1]].to(answers.device)
+        owners = rows.owners[: given.shape[1], 1]
+        wanted, known = (values[:, owners].to(answers.device) for values in (self._samples, self._answers))
         solver = self._solver.fork()
         for point in range(points[0]):
-            solver.step(torch.zeros_like(answers[0]), wanted[point])  # finished already
+            solver.step(known[point], wanted[point])  # finished already: a multistep sampler keeps it as history
         sample, distances, spread = wanted[points[0]], [], []
         for index, point in enumerate(points):
             there, asked_at = solver.scale(sample, point), given[index].to(answers.device)
