@@ -1,10 +1,12 @@
 """Bounds, searches and the integer programme against all plans of small problems."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from instances import best_rating
 from small_problems import problems
 
@@ -44,6 +46,20 @@ def test_the_programme_finds_the_best_plan_or_proves_that_none_fits(problem):
     assert solved.optimal
     assert solved.plan.rating == pytest.approx(best, abs=1e-5)
     assert solved.bound <= best + 1e-5
+
+
+@few
+@given(problems(), st.sampled_from([1e-9, 1e-5, 1e7]))
+def test_proofs_do_not_depend_on_the_unit_of_costs(problem, unit):
+    problem = replace(problem, cost=problem.cost * unit, base=problem.base * unit)
+    best = best_rating(problem)
+    if np.isinf(best):
+        return
+    solved = solve(problem, start=None, deadline=soon())
+    assert solved.optimal
+    assert best * (1 - 1e-7) <= solved.bound <= best * (1 + 1e-12)
+    assert solved.plan.rating <= best * (1 + 1e-7)
+    assert lower_bound(problem) <= best * (1 + 1e-12)
 
 
 @few

@@ -10,6 +10,7 @@ from forerun.dlrm import search as search_module
 from forerun.dlrm.best import best_plan
 from forerun.dlrm.bound import lower_bound, volume_bound
 from forerun.dlrm.budget import Budget
+from forerun.dlrm.exact import solve
 from forerun.dlrm.infeasible import Infeasible
 from forerun.dlrm.problem import Spread, loads, make_plan, validate
 from forerun.dlrm.search import search
@@ -84,6 +85,23 @@ def test_tables_that_fit_together_but_not_apart_are_told_so_and_proved_when_aske
     with pytest.raises(Infeasible) as misfit:
         best_plan(problem, deadline=time.monotonic() + 20)
     assert misfit.value.proven
+
+
+def test_after_the_deadline_it_is_not_asked_what_would_be_enough():
+    problem = assemble(single([1] * 6, 10), [[25]] * 2, [0, 0])
+    with pytest.raises(Infeasible, match=r"10 bytes of tier 0 are missing$") as misfit:
+        search(problem, deadline=time.monotonic() - 1)
+    assert (misfit.value.missing, misfit.value.enough, misfit.value.hurried) == (10, None, True)
+
+
+def test_a_plan_that_breaks_memory_by_the_solvers_tolerance_is_asked_for_again():
+    # Ranks of 2**53 bytes: a solver that counts in floating point takes one byte more than there is for nothing.
+    most = 2**53
+    tables = [*single([1], most // 2), *single([1], most // 2 + 1)]
+    problem = assemble(tables, [[most]] * 2, [0, 0], base=np.array([0, 1.5]))
+    solved = solve(problem, start=None, deadline=time.monotonic() + 20)
+    assert solved.plan is not None  # together on the first rank they would rate 2
+    assert solved.plan.rating == 2.5
 
 
 def test_the_answer_is_never_worse_than_a_candidate():

@@ -17,6 +17,7 @@ from forerun.dlrm.search import search
 __all__ = ["Result", "best_plan"]
 
 _BRANCHED = 1500  # columns of a programme that is solved whatever the time: seconds
+_CLOSE = 2e-8  # of the bound: a plan so close to it counts as the best one
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Result:
     Args:
         plan: The plan.
         bound: No plan rates less (ms).
-        proven: Whether the plan is the best one (to a millionth of its rating).
+        proven: Whether the plan is the best one (to two hundred-millionths of its rating).
         source: What found it: "search", "exact", or "candidate".
     """
 
@@ -62,7 +63,8 @@ def best_plan(
             input gives the same plan.
         exact_columns: The integer programme is asked if it has no more columns (`exact.columns`) below the rating that
             the search found; 0: never.
-        exact_nodes: Its branches, without a deadline; from 1,500 columns on only its root, for the bound.
+        exact_nodes: Its branches, without a deadline; from 1,500 columns on only its root, for the bound (where the
+            search found no plan, for a plan).
         exact_seconds: Its time at most, with a deadline (s).
         candidates: Other planners' plans; the answer is worse than none of them.
 
@@ -88,10 +90,11 @@ def best_plan(
         failure = misfit
     bound, proven = lower_bound(problem), False
     exact = columns(problem, np.inf if start is None else start.rating) <= exact_columns
-    if exact and (start is None or start.rating > bound * (1 + 1e-6)):
+    if exact and (start is None or start.rating > bound * (1 + _CLOSE)):
         if deadline is None:
-            branched = start is None or columns(problem, start.rating) <= _BRANCHED
-            solved = solve(problem, start=start, deadline=None, nodes=exact_nodes if branched else 0)
+            branched = columns(problem, np.inf if start is None else start.rating) <= _BRANCHED
+            root = 0 if start is not None else 1
+            solved = solve(problem, start=start, deadline=None, nodes=exact_nodes if branched else root)
         else:
             solved = solve(problem, start=start, deadline=min(deadline, time.monotonic() + exact_seconds))
         bound, proven = max(bound, solved.bound), solved.optimal
@@ -100,4 +103,4 @@ def best_plan(
     if start is None:
         assert failure is not None  # a search that does not fail gives a plan
         raise failure
-    return Result(start, bound, proven or start.rating <= bound * (1 + 1e-6), source)
+    return Result(start, bound, proven or start.rating <= bound * (1 + _CLOSE), source)

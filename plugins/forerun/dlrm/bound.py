@@ -100,7 +100,9 @@ def _smallest(problem: Problem, options: Options, price: NDArray[np.float64]) ->
 def _prices(problem: Problem, options: Options, rating: float) -> NDArray[np.float64]:
     """The prices `[M]` that miss the inequality at this rating by most (0 where memory does not bind)."""
     room = problem.capacity.sum(0).astype(np.float64)
-    unit = np.divide(rating * problem.ranks, room, out=np.zeros_like(room), where=room > 0)
+    # The programme's tolerances are absolute: costs are given as shares of what all ranks hold at this rating.
+    all_ranks = rating * problem.ranks if rating > 0 else 1.0
+    unit = np.divide(all_ranks, room, out=np.zeros_like(room), where=room > 0)
     admitted = options.peak <= rating * (1 + 1e-12)
     price = np.zeros_like(room)
     cuts: list[tuple[float, NDArray[np.float64]]] = []
@@ -114,7 +116,7 @@ def _prices(problem: Problem, options: Options, rating: float) -> NDArray[np.flo
             best, best_price = value, price
         if not cuts and (over <= 0).all():
             break
-        cuts.append((float(options.total[chosen].sum()), over * unit))
+        cuts.append((float(options.total[chosen].sum()) / all_ranks, over * unit / all_ranks))
         # The largest t with t <= total + price @ over for every cut, prices in units of a rating's worth.
         answer = linprog(
             np.append(np.zeros(len(room)), -1.0),
@@ -122,7 +124,7 @@ def _prices(problem: Problem, options: Options, rating: float) -> NDArray[np.flo
             b_ub=np.array([total for total, _ in cuts]),
             bounds=[(0, 1e3)] * len(room) + [(None, None)],
         )
-        if answer.x is None or answer.x[-1] <= best * (1 + 1e-6):
+        if answer.x is None or answer.x[-1] * all_ranks <= best * (1 + 1e-6):
             break
         price = answer.x[:-1] * unit
     return np.asarray(best_price)

@@ -7,7 +7,7 @@ tables: the columns are tables x options x ranks.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import highspy
@@ -24,7 +24,9 @@ from forerun.dlrm.programme import Programme, build
 
 __all__ = ["Solved", "columns", "solve"]
 
-_CLOSE = 1e-6  # of the rating: HiGHS keeps rows to about this
+_CLOSE = 1e-8  # of the rating: a plan that rates less by no more counts as no better
+_RATING = 100.0  # about what the programme's ratings are, whatever they are in ms: HiGHS's tolerances are absolute,
+_TOLERANCE = 1e-9  # and this is what it keeps rows and whole numbers to
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Solved:
     Args:
         plan: The best plan known; None: the deadline came before the first one.
         bound: No plan rates less (ms).
-        optimal: Whether the plan is the best one (to a millionth of its rating).
+        optimal: Whether the plan is the best one (to two hundred-millionths of its rating).
     """
 
     plan: Plan | None
@@ -62,32 +64,34 @@ def solve(problem: Problem, *, start: Plan | None, deadline: float | None, nodes
         Infeasible: No plan keeps to the ranks' memory, which is proved (only without a start).
     """
     merged = merge(problem)
-    small, options = merged.problem, summarise(merged.problem)
+    small = merged.problem
     least = lower_bound(problem)
     if not np.isfinite(least):
-        raise diagnose(small, 0)
+        raise diagnose(small, 0, deadline=deadline)
     if start is not None and start.rating <= least * (1 + _CLOSE):
         return Solved(start, least, True)
     rating = start.rating * (1 - _CLOSE / 2) if start is not None else np.inf
-    programme = build(small, options, rating)
+    unit = next(value for value in (rating, least, float(small.cost.max()), 1.0) if 0 < value < np.inf) / _RATING
+    shares = replace(small, cost=small.cost / unit, base=small.base / unit)
+    programme = build(shares, summarise(shares), rating / unit)
     proved = least
-    for tighter in (0.0, 1e-6):
+    for tighter in (0.0, 1e-7):
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             break
-        none_fits, values, dual = _run(programme, least, left, nodes, tighter)
+        none_fits, values, dual = _run(programme, least / unit, left, nodes, tighter)
         if tighter == 0.0 and merged.complete:
             if none_fits:
                 if start is None:
-                    raise diagnose(small, 0, proven=True)
-                return Solved(start, max(least, rating), True)
-            proved = max(least, min(dual, rating) * (1 - 1e-9))
+                    raise diagnose(small, 0, proven=True, deadline=deadline)
+                return Solved(start, max(least, rating * (1 - _CLOSE)), True)
+            proved = max(least, min(dual * unit, rating) * (1 - _CLOSE))
         if values is None:
             break
         option, ranks = programme.choices(values, small)
         try:
             found = merged.expand(make_plan(small, option, ranks))
-        except ValueError:  # memory over by the solver's tolerance: once more with a millionth less of it
+        except ValueError:  # memory over by the solver's tolerance: once more with a little less of it
             continue
         if start is None or found.rating < start.rating:
             start = found
@@ -107,14 +111,14 @@ class _Answer(NamedTuple):
 def _run(programme: Programme, least: float, left: float | None, nodes: int | None, tighter: float) -> _Answer:
     rows, columns_ = len(programme.low), len(programme.upper)
     matrix = csc_array((programme.value, (programme.row, programme.column)), shape=(rows, columns_))
-    high = np.array(programme.high)
+    low, high = np.array(programme.low), np.array(programme.high)
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = columns_, rows
     lp.col_cost_ = np.eye(1, columns_).ravel()
     lp.col_lower_ = least * (1 - 1e-9) * np.eye(1, columns_).ravel()
     lp.col_upper_ = np.array(programme.upper)
-    lp.row_lower_ = np.array(programme.low)
-    lp.row_upper_ = np.where(high > 0, high * (1 - tighter), high)
+    lp.row_lower_ = low
+    lp.row_upper_ = np.where(np.isneginf(low) & (high > 0), high * (1 - tighter), high)  # memory's rows only
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = matrix.indptr, matrix.indices, matrix.data
     kinds = [highspy.HighsVarType.kContinuous] + [highspy.HighsVarType.kInteger] * (columns_ - 1)
@@ -122,6 +126,9 @@ def _run(programme: Programme, least: float, left: float | None, nodes: int | No
     solver = highspy.Highs()  # type: ignore[no-untyped-call]
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("mip_rel_gap", _CLOSE / 2)
+    solver.setOptionValue("mip_abs_gap", 0.0)
+    solver.setOptionValue("primal_feasibility_tolerance", _TOLERANCE)
+    solver.setOptionValue("mip_feasibility_tolerance", _TOLERANCE)
     if left is not None:
         solver.setOptionValue("time_limit", left)
     if nodes is not None:

@@ -24,22 +24,28 @@ class Infeasible(Exception):
         missing: Bytes that are missing there: in all if the tables together are too large, else on one rank.
         enough: Bytes that, added to this tier of each rank, were seen to be enough; None: no such number was found.
         proven: Whether no plan exists, or the search only found none.
+        hurried: Whether the time ended before it was known what is enough, or the least that is.
     """
 
-    def __init__(self, table: int, tier: int, missing: int, enough: int | None, proven: bool, reason: str) -> None:
+    def __init__(
+        self, table: int, tier: int, missing: int, enough: int | None, proven: bool, hurried: bool, reason: str
+    ) -> None:
         self.table, self.tier, self.missing, self.enough, self.proven = table, tier, missing, enough, proven
+        self.hurried = hurried
         cure = "" if enough is None else f"; {enough} bytes more on each rank would be enough"
         super().__init__(f"{reason}: {missing} bytes of tier {tier} are missing{cure}")
 
 
-def diagnose(problem: Problem, table: int, *, proven: bool = False) -> Infeasible:
+def diagnose(problem: Problem, table: int, *, proven: bool = False, deadline: float | None = None) -> Infeasible:
     """The exception to raise for a problem (without groups) for which no plan was found.
 
     Args:
         problem: What was planned.
         table: The table that found no place in the attempt that came furthest.
         proven: Whether it is known already that no plan exists.
+        deadline: Moment of `time.monotonic()` (s) after which it is not asked any more what would be enough.
     """
+    budget = Budget(np.inf, deadline)
     options = summarise(problem)
     no_place = np.isinf(np.minimum.reduceat(options.peak, problem.option_start[:-1]))
     if no_place.any():
@@ -50,27 +56,28 @@ def diagnose(problem: Problem, table: int, *, proven: bool = False) -> Infeasibl
         tier = int(np.argmax(over[easiest]))
         missing = max(int(over[easiest, tier]), 1)
         reason = f"table {table}: no option's shards fit on the ranks that it asks for, even empty ones"
-        return Infeasible(table, tier, missing, _enough(problem, tier, missing), True, reason)
+        return Infeasible(table, tier, missing, _enough(problem, tier, missing, budget), True, budget.out, reason)
     least = np.minimum.reduceat(options.memory, problem.option_start[:-1], axis=0)
     over = least.sum(0) - problem.capacity.sum(0)
     if (over > 0).any():
         tier = int(np.argmax(over))
         table = int(np.argmax(least[:, tier]))
         missing = int(over[tier])
-        enough = _enough(problem, tier, -(-missing // problem.ranks))
+        enough = _enough(problem, tier, -(-missing // problem.ranks), budget)
         reason = f"all tables together, each in its smallest option (table {table} is the largest), exceed the ranks"
-        return Infeasible(table, tier, missing, enough, True, reason)
+        return Infeasible(table, tier, missing, enough, True, budget.out, reason)
     # Together they would fit: it is the packing, or two tiers at once. Ask each tier what would be enough.
-    answers = [(_enough(problem, tier, 1), tier) for tier in range(problem.capacity.shape[1])]
+    answers = [(_enough(problem, tier, 1, budget), tier) for tier in range(problem.capacity.shape[1])]
     enough, tier = min(answers, key=lambda answer: (answer[0] is None, answer[0] or 0))
     missing = enough if enough is not None else max(int(least[table].max()), 1)
-    return Infeasible(table, tier, missing, enough, proven, f"table {table} finds no rank with memory for it")
+    reason = f"table {table} finds no rank with memory for it"
+    return Infeasible(table, tier, missing, enough, proven, budget.out, reason)
 
 
-def _enough(problem: Problem, tier: int, start: int) -> int | None:
-    """About the fewest bytes that each rank's tier lacks (within a hundredth); None: no number helps."""
+def _enough(problem: Problem, tier: int, start: int, budget: Budget) -> int | None:
+    """About the fewest bytes that each rank's tier lacks (within a hundredth, if the budget lasts); None: no number
+    helps, or the budget ended before one was found."""
     options = summarise(problem)
-    work = Budget(np.inf)
     price = np.zeros(problem.capacity.shape[1])
     price[tier] = problem.cost.sum() + 1.0  # memory of this tier above all
 
@@ -80,7 +87,7 @@ def _enough(problem: Problem, tier: int, start: int) -> int | None:
         larger = replace(problem, capacity=capacity)
         admitted = summarise(larger)
         return any(
-            pack(Placement(larger), admitted, price, np.inf, by_memory=1e9, budget=work) is None
+            pack(Placement(larger), admitted, price, np.inf, by_memory=1e9, budget=budget) is None
             for price in (price, dear)
         )
 
@@ -88,11 +95,11 @@ def _enough(problem: Problem, tier: int, start: int) -> int | None:
     dear = np.full(len(price), price[tier])
     low, high = start - 1, start
     limit = int(options.memory[:, tier].sum()) + start
-    while not fits(high):
-        if high > limit:
+    while budget.out or not fits(high):
+        if budget.out or high > limit:
             return None
         low, high = high, 2 * high
-    while high - low > max(1, high // 100):
+    while high - low > max(1, high // 100) and not budget.out:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high

@@ -30,7 +30,7 @@ from forerun.dlrm.renew import renew
 __all__ = ["search"]
 
 _FEW = 128  # tables that are renewed from several starts
-_CLOSE = 1e-6  # of the bound: a plan so close to it is not improved
+_CLOSE = 1e-8  # of the bound: a plan so close to it is not improved
 
 
 def search(
@@ -139,5 +139,5 @@ def _first(
                     best = trial.plan()
                 break
     if best is None:
-        raise diagnose(problem, table)
+        raise diagnose(problem, table, deadline=budget.deadline)
     return best
