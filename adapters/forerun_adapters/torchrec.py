@@ -51,6 +51,7 @@ __all__ = [
     "is_default_pooling",
     "is_greedy",
     "is_makespan",
+    "no_plan",
     "planner_error",
     "quick",
     "shard",
@@ -58,6 +59,7 @@ __all__ = [
     "sharded_tables",
     "spread_name",
     "tiers",
+    "unlike_any",
 ]
 
 EmbeddingEnumerator: Any = _Enumerator
@@ -180,9 +182,31 @@ def shard_on_ranks(option: Any, ranks: Sequence[int]) -> Any:
     return placed
 
 
+def unlike_any(option: Any) -> Any:
+    """A copy of the option, its shards the same objects, whose hash is that of no other option."""
+    kind = type(option)
+    other: Any = object.__new__(type(kind.__name__, (kind,), {"__hash__": object.__hash__}))
+    other.__dict__.update(option.__dict__)
+    return other
+
+
+def no_plan(error: Exception) -> str | None:
+    """The name of the `PlannerErrorType` of torchrec's error that nothing fits; None for any other error.
+
+    Until 1.9 torchrec fails while it words that error, for a storage reservation without a percentage.
+    """
+    if isinstance(error, _PlannerError):
+        return str(error.error_type.name)
+    unworded = isinstance(error, AttributeError) and error.name == "_percentage"
+    return "INSUFFICIENT_STORAGE" if unworded else None
+
+
 def is_greedy(partitioner: Any) -> bool:
-    """Whether a partitioner is torchrec's default one, which keeps to nothing but memory and `partition_by`."""
-    return type(partitioner) is _GreedyPartitioner
+    """Whether a partitioner is torchrec's default one, which keeps to nothing but memory and `partition_by`.
+
+    With `balance_modules` it is not: it spreads each module's tables, whatever that costs.
+    """
+    return type(partitioner) is _GreedyPartitioner and not partitioner._balance_modules
 
 
 def is_makespan(model: Any) -> bool:
@@ -192,7 +216,7 @@ def is_makespan(model: Any) -> bool:
 
 def is_default_pooling(constraint: Any) -> bool:
     """Whether a table's pooling factors are those that torchrec takes where none are given."""
-    return constraint is None or constraint.pooling_factors == type(constraint)().pooling_factors
+    return constraint is None or list(constraint.pooling_factors) == type(constraint)().pooling_factors
 
 
 def default_sharders() -> list[Any]:

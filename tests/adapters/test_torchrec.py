@@ -6,9 +6,12 @@ import inspect
 from dataclasses import fields
 
 import pytest
+import torch
 
 pytest.importorskip("torchrec")  # the oldest diffusers' environment has none
 
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.estimator import annotations
 from torchrec.distributed.planner.estimator import estimator as perf_estimators
@@ -16,6 +19,7 @@ from torchrec.distributed.planner.estimator.types import HardwarePerfConfig
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.planners import EmbeddingShardingPlanner
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerErrorType, Shard, Topology
 
 from forerun_adapters import torchrec as host
@@ -37,6 +41,7 @@ def test_the_enumerator_estimates_all_options_and_then_copies_them() -> None:
     assert source.count("_last_stored_module == module") == source.count("_last_stored_sharders == sharders") == 1
     estimate = inspect.signature(EmbeddingStorageEstimator.estimate).parameters
     assert list(estimate) == ["self", "sharding_options", "sharder_data_map"]
+    assert source.count("in self._filter_sharding_types(") == 1  # for every table: where the time limit is looked at
 
 
 def test_estimates_are_of_a_shard_alone() -> None:
@@ -88,4 +93,35 @@ def test_shards_errors_and_hosts() -> None:
     pods = Topology(world_size=8, local_world_size=2, pod_size=2, compute_device="cpu")
     assert host.host_of(pods) == [0, 0, 0, 0, 1, 1, 1, 1]
     assert host.is_greedy(GreedyPerfPartitioner())
+    assert not host.is_greedy(GreedyPerfPartitioner(balance_modules=True))
     assert host.default_sharders()
+
+
+def test_that_nothing_fits_is_told_from_other_errors() -> None:
+    assert host.no_plan(host.planner_error("INSUFFICIENT_STORAGE", "x")) == "INSUFFICIENT_STORAGE"
+    with pytest.raises(AttributeError) as unworded:
+        _ = Own()._percentage
+    assert host.no_plan(unworded.value) == "INSUFFICIENT_STORAGE"
+    assert host.no_plan(AttributeError("another")) is None
+    assert host.no_plan(KeyError("x")) is None
+
+
+class Own(FixedPercentageStorageReservation):
+    """A reservation without a percentage."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def test_a_placeholder_is_like_no_other_option() -> None:
+    tables = EmbeddingBagCollection(
+        tables=[EmbeddingBagConfig(name="t", embedding_dim=4, num_embeddings=10, feature_names=["f"])],
+        device=torch.device("meta"),
+    )
+    where = Topology(world_size=2, compute_device="cpu")
+    sharders = [EmbeddingBagCollectionSharder()]
+    option = EmbeddingEnumerator(where, batch_size=8).enumerate(torch.nn.Sequential(tables), sharders)[0]
+    placeholder = host.unlike_any(option)
+    assert hash(placeholder) not in (hash(option), hash(host.unlike_any(option)))
+    assert vars(placeholder) == vars(option)
+    assert isinstance(placeholder, type(option))

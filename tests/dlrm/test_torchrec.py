@@ -7,15 +7,17 @@ import pickle
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.partitioners import MemoryBalancedPartitioner
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner
 from torchrec.distributed.planner.perf_models import NoopStorageModel
 from torchrec.distributed.planner.proposers import UniformProposer
 from torchrec.distributed.planner.stats import EmbeddingStats
@@ -24,6 +26,7 @@ from torchrec_models import HOTNESS, SHARDERS, mlperf, module, pooling, small, t
 
 from forerun.dlrm.report import Report, difference
 from forerun.dlrm.torchrec import DLRMPlanner
+from forerun.dlrm.torchrec_enumerator import FastEnumerator
 
 _PROGRAM = Path(__file__).with_name("torchrec_ranks.py")
 
@@ -157,6 +160,135 @@ def test_a_users_partitioner_proposer_and_model_count() -> None:
     stock, _ = stock_rating(made, {**arguments, "performance_model": NoopStorageModel(where)})
     assert modelled.report.rating <= stock
     assert modelled.report.bound is None
+
+
+def test_a_proposer_that_makes_options_of_its_own_leaves_no_bound() -> None:
+    class Cheaper(UniformProposer):
+        """torchrec's proposals, each shard at a hundredth of its cost."""
+
+        def propose(self) -> Any:
+            proposal = deepcopy(super().propose())
+            for option in proposal or ():
+                for shard in option.shards:
+                    for part in ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms"):
+                        setattr(shard.perf, part, getattr(shard.perf, part) / 100)
+            return proposal
+
+    made, arguments = small(2)
+    planner = DLRMPlanner(**arguments, proposer=Cheaper())
+    planner.plan(made, SHARDERS)
+    assert planner.report.search == "torchrec's search"
+    assert (planner.report.bound, planner.report.gap) == (None, None)
+
+
+def test_a_proposal_like_the_first_is_answered_by_torchrec() -> None:
+    class Smallest(UniformProposer):
+        """Proposes each table's smallest option, as torchrec's messages want it, and nothing else."""
+
+        answers: ClassVar[list[Any]] = []
+
+        def load(self, search_space: list[Any], enumerator: Any = None) -> None:
+            size = {o: sum(s.storage.hbm + s.storage.ddr + s.storage.ssd for s in o.shards) for o in search_space}
+            self.proposals = [[min((o for o in size if o.name == t), key=size.get) for t in ("t0", "t1", "t2", "t3")]]
+
+        def propose(self) -> Any:
+            return self.proposals.pop() if self.proposals else None
+
+        def feedback(self, partitionable: bool, plan: Any = None, **rest: Any) -> None:
+            self.answers.append([option.sharding_type for option in plan])
+
+    made, arguments = small(2)
+    DLRMPlanner(**arguments, proposer=Smallest()).plan(made, SHARDERS)
+    stock = list(Smallest.answers)
+    Smallest.answers.clear()
+    EmbeddingShardingPlanner(**arguments, proposer=Smallest()).plan(made, SHARDERS)
+    assert stock == Smallest.answers
+    assert len(stock) == 1
+
+
+def test_a_users_proposer_is_asked_within_a_time_limit() -> None:
+    asked = []
+
+    class Watched(UniformProposer):
+        def propose(self) -> Any:
+            asked.append(1)
+            return super().propose()
+
+    made, arguments = mlperf(16, min_partition=64)
+    DLRMPlanner(**arguments, proposer=Watched(), timeout_seconds=4).plan(made, SHARDERS)
+    assert asked
+
+
+def test_torchrecs_search_runs_where_it_is_asked_for() -> None:
+    made, arguments = mlperf(16, min_partition=64)
+    proposals = {}
+    for asks in (True, False, None):
+        planner = DLRMPlanner(**arguments, timeout_seconds=6, asks_torchrec=asks)
+        planner.plan(made, SHARDERS)
+        proposals[asks] = planner._num_proposals
+    assert proposals[True] > 1
+    assert proposals[False] == 1
+
+
+def test_balanced_modules_are_left_to_torchrec() -> None:
+    made, arguments = small(2)
+    planner = DLRMPlanner(**arguments, partitioner=GreedyPerfPartitioner(balance_modules=True))
+    planner.plan(made, SHARDERS)
+    stock = EmbeddingShardingPlanner(**arguments, partitioner=GreedyPerfPartitioner(balance_modules=True))
+    assert str(planner.plan(made, SHARDERS)) == str(stock.plan(made, SHARDERS))
+    assert planner.report.search == "torchrec's search, with GreedyPerfPartitioner"
+
+
+def test_pooling_factors_may_be_numpys() -> None:
+    made, arguments = small(2)
+    plain = str(DLRMPlanner(**arguments).plan(made, SHARDERS))
+    for constraint in arguments["constraints"].values():
+        constraint.pooling_factors = np.array(constraint.pooling_factors)
+    assert str(DLRMPlanner(**arguments).plan(made, SHARDERS)) == plain
+
+
+def test_an_error_that_is_not_torchrecs_stays_what_it_is() -> None:
+    class Breaks(EmbeddingStats):
+        def log(self, **kwargs: Any) -> None:
+            raise KeyError("a user's own")
+
+    made, arguments = mlperf(8)
+    arguments.update(topology=topology(8, gigabytes=1, ddr_cap=0), stats=[Breaks()])
+    with pytest.raises(KeyError, match="a user's own"):
+        DLRMPlanner(**arguments).plan(made, SHARDERS)
+
+
+def test_options_that_the_time_limit_leaves_out() -> None:
+    made, arguments = mlperf(16)
+    planner = DLRMPlanner(**arguments, timeout_seconds=30)
+    planner._enumerator = Slow(**{k: arguments[k] for k in ("topology", "batch_size", "constraints")})
+    planner.plan(made, SHARDERS)
+    assert "options that the time limit left out" in planner.report.search
+    assert planner.report.bound is None
+    left = {option.name for option in planner.get_search_space()}
+    assert left == {f"t{i}" for i in range(len(HOTNESS))}
+    assert 2 * len(HOTNESS) <= len(planner.get_search_space()) < 600
+    planner._enumerator.late = False  # all are listed at the next call
+    planner.plan(made, SHARDERS)
+    assert planner.report.bound is not None
+    planner._enumerator.late, planner._enumerator.later = True, True
+    with pytest.raises(PlannerError, match=r"timeout_seconds=30.* is too short for a plan"):
+        planner.plan(*other_module())
+
+
+def other_module() -> tuple[torch.nn.Module, list[Any]]:
+    return module([100, 200], dim=16), SHARDERS
+
+
+class Slow(FastEnumerator):
+    """As if listing had taken half the time limit, or all of it."""
+
+    late, later = True, False
+
+    def enumerate(self, module: torch.nn.Module, sharders: list[Any]) -> list[Any]:
+        if self.clock is not None and self.clock.limit is not None and self.late:
+            self.clock.began -= self.clock.limit * (1.1 if self.later else 0.5)
+        return super().enumerate(module, sharders)
 
 
 def test_a_loaded_plan_is_taken() -> None:

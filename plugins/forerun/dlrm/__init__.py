@@ -17,7 +17,8 @@ every table how it is cut into shards and where each lies. Its rating is the lar
     torchrec.py   `DLRMPlanner`, the drop-in for torchrec's planner
     torchrec_enumerator.py, torchrec_space.py, torchrec_search.py   torchrec's options listed quickly, as a problem,
                   and the search in torchrec's own loop
-    torchrec_inputs.py, torchrec_group.py   what it is given, looked at first; one rank's plan for all ranks
+    torchrec_inputs.py, torchrec_clock.py, torchrec_group.py   what it is given, looked at first; how a time limit is
+                  shared out; one rank's plan for all ranks
     garbage.py    no garbage collection while options are made by the million
     demo.py       `forerun demo`
 

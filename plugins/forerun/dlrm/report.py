@@ -51,7 +51,7 @@ class Report:
         """By what share of the bound the rating may be above the best possible one; None without a bound."""
         if self.bound is None:
             return None
-        return max(0.0, self.rating / self.bound - 1) if self.bound > 0 else 0.0
+        return self.rating / self.bound - 1 if self.bound > 0 else 0.0
 
     @cached_property
     def rank_cost(self) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ from forerun.dlrm.bound import lower_bound
 from forerun.dlrm.garbage import kept
 from forerun.dlrm.infeasible import Infeasible
 from forerun.dlrm.report import Report, Sharding
+from forerun.dlrm.torchrec_clock import Clock
 from forerun.dlrm.torchrec_enumerator import FastEnumerator
 from forerun.dlrm.torchrec_group import from_first_rank
 from forerun.dlrm.torchrec_inputs import check_constraints, check_group, check_tables
@@ -38,19 +39,19 @@ from forerun_adapters import torchrec as host
 __all__ = ["DLRMPlanner"]
 
 _SMALL = 600  # options; up to here torchrec's own search takes seconds, and is tried too unless the gap is 0
-_AFTERWARDS = 0.1  # share of a time limit that is kept for what comes after the search: copies, statistics, validation
 
 
 class _Last:
     """What is known of the last plan."""
 
-    def __init__(self) -> None:
-        self.began = self.listed = time.monotonic()
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.options: list[Any] | None = None
+        self.left_out = 0  # options that the time limit left out of them
         self.space: SearchSpace | None = None
-        self.bound: float | None = None
-        self.rating: float | None = None  # of the plan that this planner's own search found
-        self.places: set[tuple[Any, ...]] | None = None  # of that plan
+        self.bound: float | None = None  # of all plans of these options (ms)
+        self.proven = False  # whether there is nothing left to find: no better plan, or none at all
+        self.places: set[tuple[Any, ...]] | None = None  # of the plan that this planner's own search found
         self.shortage: str | None = None
 
 
@@ -59,8 +60,12 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
 
     Args:
         topology: As torchrec's planner takes it, and all arguments up to `plan_loader`.
-        timeout_seconds: Listing the options counts too. It is not cut short: without options there is no plan.
+        timeout_seconds: Listing the options counts too: those that are not estimated after two fifths of the time are
+            left out, the plainest of each table last. A user's own enumerator is not cut short.
         strict: Constraints that name no table, or one of several modules, are errors; else they are warnings.
+        asks_torchrec: Whether torchrec's own search runs as well, and the better plan is taken. None: where it takes
+            seconds (up to 600 options), or where this one found no plan, or with a performance model of the user's;
+            never where the plan is proven best. Without it a plan may be worse than torchrec's by the gap at most.
 
     Sequential equivalent::
 
@@ -68,6 +73,7 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
     """
 
     report: Report | None
+    _num_plans: int
     _partitioner: Any
     _proposers: list[Any]
     _best_plan: list[Any] | None
@@ -89,6 +95,7 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         plan_loader: Any = None,
         *,
         strict: bool = False,
+        asks_torchrec: bool | None = None,
     ) -> None:
         check_constraints(constraints)
         super().__init__(
@@ -110,16 +117,17 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
             self._enumerator = FastEnumerator(
                 topology=self._topology, batch_size=self._batch_size, constraints=constraints
             )
+            self._enumerator.shares = not (proposer or partitioner or performance_model or callbacks)
         self._strict = strict
         self._makespan = host.is_makespan(self._perf_model)
         self._searches = host.is_greedy(self._partitioner)
-        # Without a model or proposers of the user's, torchrec's own are asked only where that takes little.
-        self._asks_torchrec = bool(proposer) or not self._makespan
+        self._asks_torchrec = asks_torchrec
+        self._asks_always = bool(proposer) or not self._makespan
         core = CoreProposer(self._seen, proposes=self._searches)
         if self._searches:
             self._partitioner = CorePartitioner(core, self._solve, self._partitioner)
         self._proposers = [core, *(ProposerWhile(p, self._tries_more) for p in self._proposers)]
-        self._last = _Last()
+        self._last = _Last(Clock())
         self.report = None
 
     def plan(self, module: Any, sharders: list[Any]) -> Any:
@@ -129,16 +137,17 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
             PlannerError: As torchrec's planner, and for input that it takes in silence. Where nothing fits the message
                 begins with the table, the memory that is missing, and the smallest change that was found to fit.
         """
-        self._last, self._best_plan, self.report = _Last(), None, None
+        self._last, self._best_plan, self.report = _Last(Clock(self._timeout_seconds)), None, None
         check_constraints(self._constraints)
+        if isinstance(self._enumerator, FastEnumerator):
+            self._enumerator.clock = self._last.clock
         try:
             with kept():
                 plan = super().plan(module, sharders)
         except Exception as error:
-            if self._last.shortage is None:
+            kind = host.no_plan(error) if self._num_plans == 0 else None
+            if self._last.shortage is None or kind is None:
                 raise
-            # Some releases fail while they word the error, for storage reservations without a percentage.
-            kind = getattr(getattr(error, "error_type", None), "name", "INSUFFICIENT_STORAGE")
             raise host.planner_error(kind, f"{self._last.shortage}\n{error}") from error
         best: list[Any] = self._best_plan or []
         if not best:
@@ -188,7 +197,9 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
 
     def _seen(self, options: Sequence[Any]) -> None:
         """Called when the options of all tables are listed."""
-        self._last.options, self._last.listed = list(options), time.monotonic()
+        self._last.options = list(options)
+        self._last.clock.listed()
+        self._last.left_out = getattr(self._enumerator, "left_out", 0)
         check_tables(options, self._constraints, strict=self._strict)
 
     def _solve(self, topology: Any) -> list[Any]:
@@ -196,30 +207,34 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         last = self._last
         last.space = space = SearchSpace(last.options or [], topology)
         try:
-            result = best_plan(space.problem, deadline=self._deadline())
+            result = best_plan(space.problem, deadline=self._search_deadline())
         except Infeasible as error:
-            last.shortage = space.explain(error)
+            last.proven = error.proven and not last.left_out
+            last.shortage = space.explain(error, proven=last.proven)
             raise host.planner_error("PARTITION", last.shortage) from None
         if self._makespan:
-            last.bound = result.plan.rating if result.proven else result.bound
-        last.rating = result.plan.rating
+            last.bound, last.proven = result.bound, result.proven
         placed = space.placed(result.plan)
         last.places = _places(placed)
         return placed
 
-    def _deadline(self) -> float | None:
-        """When the search has to be over, on `time.monotonic()`'s clock."""
-        return None if self._timeout_seconds is None else self._last.began + self._timeout_seconds * (1 - _AFTERWARDS)
+    def _search_deadline(self) -> float | None:
+        """When this planner's own search has to be over: half the time is other proposers', where they are asked."""
+        deadline = self._last.clock.deadline
+        if deadline is None or not (self._asks_always or self._asks_torchrec):
+            return deadline
+        return (time.monotonic() + deadline) / 2
 
     def _tries_more(self) -> bool:
         """Whether torchrec's proposers, or the user's, are asked for another proposal."""
-        deadline, last = self._deadline(), self._last
-        if deadline is not None and time.monotonic() > deadline:
+        last = self._last
+        if not last.clock.searches:
             return False
-        if self._asks_torchrec or not self._searches:
+        if self._asks_always or not self._searches:
             return True
-        proven = last.bound is not None and last.rating is not None and last.rating <= last.bound * (1 + 1e-9)
-        return not proven and len(last.options or ()) <= _SMALL
+        if last.proven or self._asks_torchrec is not None:
+            return not last.proven and bool(self._asks_torchrec)
+        return last.places is None or len(last.options or ()) <= _SMALL
 
     def _the_space(self) -> SearchSpace:
         if self._last.space is None:
@@ -232,12 +247,17 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         last = self._last
         if last.options is None:
             return rating, "nobody: no table to shard" if not best else "the plan loader"
-        if not self._searches:
-            deadline = self._deadline()
-            if self._makespan and (deadline is None or time.monotonic() < deadline):
-                last.bound = lower_bound(self._the_space().problem)
-            return rating, f"torchrec's search, with {type(self._partitioner).__name__}"
         search = "forerun" if _places(best) == last.places else "torchrec's search"
+        if not self._searches:
+            if self._makespan and last.clock.searches:
+                last.bound = lower_bound(self._the_space().problem)
+            search += f", with {type(self._partitioner).__name__}"
+        if last.left_out:
+            search += f", without {last.left_out} options that the time limit left out"
+        if last.left_out or (best and not self._the_space().lists(best)):
+            last.bound = None  # it holds for plans of the options that were listed
+        elif last.bound is not None and rating < last.bound <= rating * (1 + 1e-9):
+            last.bound = rating  # sums of the same costs in another order
         return rating, search + (" and callbacks" if self._callbacks else "")
 
     def _reported(self, tables: tuple[Sharding, ...], rating: float, search: str) -> Report:
@@ -246,8 +266,8 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         return Report(
             rating=rating,
             bound=last.bound if tables else None,
-            seconds=time.monotonic() - last.began,
-            enumeration_seconds=last.listed - last.began,
+            seconds=last.clock.seconds,
+            enumeration_seconds=last.clock.listing,
             search=search,
             tables=tables,
             tiers=host.TIERS,
@@ -256,4 +276,7 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
 
 
 def _places(options: Sequence[Any]) -> set[tuple[Any, ...]]:
-    return {(o.fqn, o.sharding_type, o.compute_kernel, *(shard.rank for shard in o.shards)) for o in options}
+    return {
+        (o.fqn, o.sharding_type, o.compute_kernel, *((shard.rank, shard.perf.total) for shard in o.shards))
+        for o in options
+    }

@@ -25,7 +25,7 @@ def check_constraints(constraints: Mapping[str, Any] | None) -> None:
         lengths = {}
         for name in ("pooling_factors", "num_poolings", "batch_sizes"):
             values = getattr(constraint, name, None)
-            if not values:
+            if values is None or len(values) == 0:
                 continue
             lengths[name] = len(values)
             if wrong := [value for value in values if not math.isfinite(value) or value < 0]:

@@ -44,7 +44,8 @@ class CoreProposer(host.Proposer):  # type: ignore[misc]
             size = sum(sum(host.tiers(shard.storage)) for shard in option.shards)
             if option.fqn not in smallest or size < smallest[option.fqn][0]:
                 smallest[option.fqn] = (size, option)
-        self.proposal = [option for _, option in smallest.values()]
+        # torchrec remembers what became of a proposal by its options' hashes: this one is to be like no other.
+        self.proposal = [host.unlike_any(option) for _, option in smallest.values()]
         self._options = ()
         return self.proposal
 
@@ -82,19 +83,27 @@ class CorePartitioner(host.Partitioner):  # type: ignore[misc]
 
 
 class ProposerWhile(host.Proposer):  # type: ignore[misc]
-    """A proposer that is asked only while a condition holds."""
+    """A proposer that is asked only while a condition holds, and given the options only once it is asked."""
 
     def __init__(self, proposer: Any, condition: Callable[[], bool]) -> None:
         self._proposer = proposer
         self._condition = condition
+        self._waiting: dict[str, Any] | None = None
 
     def load(self, search_space: list[Any], enumerator: Any = None) -> None:
-        """Passed on."""
-        self._proposer.load(search_space=search_space, enumerator=enumerator)
+        """Kept until `propose`."""
+        self._waiting = {"search_space": search_space, "enumerator": enumerator}
 
     def propose(self) -> list[Any] | None:
-        """Passed on, or nothing."""
-        return self._proposer.propose() if self._condition() else None
+        """The proposer's proposal, or nothing."""
+        if not self._condition():
+            self._waiting = None
+            return None
+        if self._waiting is not None:
+            self._proposer.load(**self._waiting)
+            self._waiting = None
+        proposal: list[Any] | None = self._proposer.propose()
+        return proposal
 
     def feedback(self, *args: Any, **kwargs: Any) -> None:
         """Passed on."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,22 +12,12 @@ from forerun.dlrm.infeasible import Infeasible
 from forerun.dlrm.problem import Plan, Problem
 from forerun.dlrm.report import Sharding
 from forerun.dlrm.spread import Spread
+from forerun.dlrm.torchrec_enumerator import PLAINEST
 from forerun_adapters import torchrec as host
 
 __all__ = ["SearchSpace", "sharding_of"]
 
 _MB = 1024**2
-
-# Where two options of a table are the same but for their name, the one that comes first here stays.
-_PLAINEST = (
-    "table_wise",
-    "row_wise",
-    "table_row_wise",
-    "column_wise",
-    "table_column_wise",
-    "grid_shard",
-    "data_parallel",
-)
 
 
 class SearchSpace:
@@ -57,17 +48,24 @@ class SearchSpace:
                     f"table {name!r} has {len(choices)} sharding options, none of which fits {len(hosts)} ranks in "
                     f"hosts of {size}: {sorted({c.sharding_type for c in choices})}",
                 )
-            kept.append(_distinct(sorted(usable, key=_order)))
+            kept.append(
+                _distinct([_Measured(c, Spread[host.spread_name(c)], _runs(c)) for c in sorted(usable, key=_order)])
+            )
         self.names = tuple(tables)
         self._alike: dict[tuple[str, str, str], list[Any]] = {}
         for option in options:
-            self._alike.setdefault((option.fqn, option.sharding_type, option.compute_kernel), []).append(option)
-        self.options = [option for choices in kept for option in choices]
-        self.problem = self._problem([len(choices) for choices in kept], hosts, topology, shared)
+            self._alike.setdefault(_name(option), []).append(option)
+        measured = [option for choices in kept for option in choices]
+        self.options = [option.option for option in measured]
+        self.problem = self._problem(measured, [len(choices) for choices in kept], hosts, topology, shared)
 
-    def _problem(self, choices: list[int], hosts: list[int], topology: Any, shared: dict[str, int]) -> Problem:
-        cost = np.array([shard.perf.total for option in self.options for shard in option.shards], float)
-        memory = np.array([host.tiers(s.storage) for o in self.options for s in o.shards], float).reshape(len(cost), -1)
+    def _problem(
+        self, measured: list[_Measured], choices: list[int], hosts: list[int], topology: Any, shared: dict[str, int]
+    ) -> Problem:
+        runs = [run for option in measured for run in option.runs]
+        alike = [run.shards for run in runs]
+        cost = np.repeat(np.array([run.cost for run in runs], float), alike)
+        memory = np.repeat(np.array([run.memory for run in runs], float), alike, axis=0)
         counts = np.array([len(option.shards) for option in self.options], np.int64)
         wrong = ~np.isfinite(cost) | (cost < 0) | (~np.isfinite(memory) | (memory < 0)).any(1)
         if wrong.any():
@@ -81,7 +79,7 @@ class SearchSpace:
         return Problem(
             option_start=first,
             shard_start=np.concatenate([[0], np.cumsum(counts)]),
-            spread=np.array([Spread[host.spread_name(option)] for option in self.options], np.int8),
+            spread=np.array([option.spread for option in measured], np.int8),
             cost=cost,
             memory=np.ceil(memory).astype(np.int64),
             capacity=np.array([host.tiers(device.storage) for device in topology.devices], np.int64),
@@ -96,16 +94,31 @@ class SearchSpace:
             for option, ranks in zip(plan.option.tolist(), plan.ranks, strict=True)
         ]
 
-    def explain(self, lack: Infeasible) -> str:
-        """Why there is no plan: table, tier, missing bytes, and the smallest change that was seen to fit."""
-        tier = self.tiers[lack.tier].upper()
-        verdict = "no plan fits" if lack.proven else "no plan was found that fits"
-        enough = lack.enough
-        change = (
-            "no amount of one kind of memory alone is enough: allow more sharding types or kernels, or add ranks"
-            if enough is None
-            else f"{enough} bytes ({enough / _MB:.1f} MiB) more {tier} on each of {self.problem.ranks} ranks are enough"
+    def lists(self, plan: Sequence[Any]) -> bool:
+        """Whether all options of a plan are listed ones: a proposer, or a callback, may make some of its own."""
+        return all(
+            any(_runs(option) == _runs(listed) for listed in self._alike.get(_name(option), ())) for option in plan
         )
+
+    def explain(self, lack: Infeasible, *, proven: bool) -> str:
+        """Why there is no plan: table, tier, missing bytes, and the smallest change that was seen to fit.
+
+        Args:
+            lack: What the search says.
+            proven: Whether no plan exists, or none was found.
+        """
+        tier = self.tiers[lack.tier].upper()
+        verdict = "no plan fits" if proven else "no plan was found that fits"
+        enough = lack.enough
+        if enough is not None:
+            ranks = self.problem.ranks
+            change = f"{enough} bytes ({enough / _MB:.1f} MiB) more {tier} on each of {ranks} ranks are enough"
+        elif lack.hurried:
+            change = "the time limit came before it was known what would be enough"
+        else:
+            change = (
+                "no amount of one kind of memory alone is enough: allow more sharding types or kernels, or add ranks"
+            )
         size = f"{lack.missing} bytes ({lack.missing / _MB:.1f} MiB)"
         return f"{verdict}: table {self.names[lack.table]!r} lacks {size} of {tier}; {change}"
 
@@ -130,32 +143,65 @@ class SearchSpace:
         return tuple(found[name] for name in self.names)
 
 
+class _Run(NamedTuple):
+    """Neighbouring shards of an option that cost and take the same."""
+
+    cost: float  # ms of each
+    memory: tuple[int, ...]  # bytes of each, in each tier
+    shards: int
+
+
+class _Measured(NamedTuple):
+    """An option of torchrec's with what it costs, takes, and where it may lie."""
+
+    option: Any
+    spread: Spread
+    runs: tuple[_Run, ...]
+
+
 def sharding_of(option: Any) -> Sharding:
     """How an option whose shards have ranks shards its table."""
+    runs = _runs(option)
     return Sharding(
         option.fqn,
         option.sharding_type,
         option.compute_kernel,
         tuple(shard.rank for shard in option.shards),
-        tuple(float(shard.perf.total) for shard in option.shards),
-        tuple(host.tiers(shard.storage) for shard in option.shards),
+        tuple(chain.from_iterable([run.cost] * run.shards for run in runs)),
+        tuple(chain.from_iterable([run.memory] * run.shards for run in runs)),
     )
 
 
+def _name(option: Any) -> tuple[str, str, str]:
+    return option.fqn, option.sharding_type, option.compute_kernel
+
+
+def _runs(option: Any) -> tuple[_Run, ...]:
+    runs: list[tuple[float, tuple[int, ...]]] = []
+    counts: list[int] = []
+    perf = storage = None
+    for shard in option.shards:
+        if shard.perf is not perf or shard.storage is not storage:
+            perf, storage = shard.perf, shard.storage
+            size = (float(perf.total), host.tiers(storage))
+            if not runs or runs[-1] != size:
+                runs.append(size)
+                counts.append(0)
+        counts[-1] += 1
+    return tuple(_Run(*size, count) for size, count in zip(runs, counts, strict=True))
+
+
 def _order(option: Any) -> tuple[int, str, str, int]:
-    plain = _PLAINEST.index(option.sharding_type) if option.sharding_type in _PLAINEST else len(_PLAINEST)
+    plain = PLAINEST.index(option.sharding_type) if option.sharding_type in PLAINEST else len(PLAINEST)
     return plain, option.sharding_type, option.compute_kernel, len(option.shards)
 
 
-def _distinct(options: list[Any]) -> list[Any]:
+def _distinct(options: list[_Measured]) -> list[_Measured]:
     """Without those that cost, take and may lie as one before them: a table too narrow to split by columns has some."""
-    kept: dict[Any, Any] = {}
+    kept: dict[Any, _Measured] = {}
     for option in options:
-        spread = Spread[host.spread_name(option)]
-        if len(option.shards) == 1 and spread in (Spread.WITHIN, Spread.APART):
-            spread = Spread.ANY
-        key = (spread, tuple((s.perf.total, host.tiers(s.storage)) for s in option.shards))
-        kept.setdefault(key, option)
+        alone = len(option.option.shards) == 1 and option.spread in (Spread.WITHIN, Spread.APART)
+        kept.setdefault((Spread.ANY if alone else option.spread, option.runs), option)
     return list(kept.values())
 
 
