@@ -17,6 +17,8 @@ from forerun.dlrm.search import search
 __all__ = ["Result", "best_plan"]
 
 _BRANCHED = 1500  # columns of a programme that is solved whatever the time: seconds
+_FEW = 128  # tables for which search goes on where the programme leaves a gap
+_MORE = 1e7  # work of that search
 _CLOSE = 2e-8  # of the bound: a plan so close to it counts as the best one
 
 
@@ -53,12 +55,12 @@ def best_plan(
     exact_seconds: float = 60.0,
     candidates: Sequence[Plan] = (),
 ) -> Result:
-    """Search, then, for few tables, the integer programme.
+    """Search, then, for few tables, the integer programme, then, if that proves nothing, more search.
 
     Args:
         problem: What is planned.
         seed: Of the search.
-        work: Of the search.
+        work: Of the search; None: its own default, and ten million where more search follows.
         deadline: Moment of `time.monotonic()` (s) at which to be done; None: counts of work end both, and the same
             input gives the same plan.
         exact_columns: The integer programme is asked if it has no more columns (`exact.columns`) below the rating that
@@ -100,6 +102,12 @@ def best_plan(
         bound, proven = max(bound, solved.bound), solved.optimal
         if solved.plan is not None and solved.plan is not start:
             start, source = solved.plan, "exact"
+    proven = proven or (start is not None and start.rating <= bound * (1 + _CLOSE))
+    if start is not None and failure is None and not proven and work is None and problem.tables <= _FEW:
+        # Not from the plan that is known: another start ends in another corner.
+        found = search(problem, seed=seed, work=_MORE, deadline=deadline)
+        if found.rating < start.rating:
+            start, source = found, "search"
     if start is None:
         assert failure is not None  # a search that does not fail gives a plan
         raise failure
