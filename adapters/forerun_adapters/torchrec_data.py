@@ -1,0 +1,73 @@
+"""torchrec, 1.7 to 1.9: the batches that its models are fed, and the tables that look them up.
+
+The contract tests of every symbol used here are in `tests/adapters/test_torchrec_data.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from forerun_adapters._require import require
+
+require("torchrec")
+
+from torchrec.distributed.planner import ParameterConstraints as _Constraints  # noqa: E402
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor as _KeyedJaggedTensor  # noqa: E402
+
+__all__ = [
+    "KeyedJaggedTensor",
+    "ParameterConstraints",
+    "PooledFeature",
+    "TableFeatures",
+    "completed",
+    "pooled_features",
+    "table_features",
+]
+
+KeyedJaggedTensor: Any = _KeyedJaggedTensor
+ParameterConstraints: Any = _Constraints
+
+_CONFIGS = ("embedding_bag_configs", "embedding_configs")  # of torchrec's two interfaces for modules with tables
+
+
+class PooledFeature(NamedTuple):
+    """One feature of one batch."""
+
+    name: str
+    ids: int  # of all its samples together
+    samples: int
+    weighted: bool
+    varies: bool  # the number of samples is the feature's own, not the batch's
+
+
+class TableFeatures(NamedTuple):
+    """The features that one table is looked up by, in the order in which torchrec counts them."""
+
+    name: str
+    features: tuple[str, ...]
+
+
+def pooled_features(batch: Any) -> Iterator[PooledFeature]:
+    """What a `KeyedJaggedTensor` holds of every feature."""
+    weighted = batch.weights_or_none() is not None
+    varies = bool(batch.variable_stride_per_key())
+    for name, ids, samples in zip(batch.keys(), batch.length_per_key(), batch.stride_per_key(), strict=True):
+        yield PooledFeature(name, int(ids), int(samples), weighted, varies)
+
+
+def table_features(module: Any) -> Iterator[TableFeatures]:
+    """Every table of a module's embedding collections."""
+    for part in module.modules():
+        for listed in _CONFIGS:
+            if callable(configs := getattr(part, listed, None)):
+                yield from (TableFeatures(config.name, tuple(config.feature_names)) for config in configs())
+
+
+def completed(constraint: Any, **measured: Any) -> Any:
+    """A copy of a table's constraints, with the fields that are still torchrec's defaults set."""
+    default = _Constraints()
+    constraint = constraint or default
+    news = {name: value for name, value in measured.items() if getattr(constraint, name) == getattr(default, name)}
+    return replace(constraint, **news)

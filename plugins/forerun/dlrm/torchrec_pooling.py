@@ -1,0 +1,192 @@
+"""Pooling factors from data: what the samples look up, measured over batches instead of taken for 1.
+
+torchrec plans from `ParameterConstraints.pooling_factors`, the ids per sample of each feature of a table, and takes 1.0
+where none are given. `constraints_from` fills them in from batches; `measure` gives the figures themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import islice
+from typing import Any
+
+from forerun_adapters import torchrec_data as host
+
+__all__ = ["FeaturePooling", "Pooling", "constraints_from", "measure"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FeaturePooling:
+    """What batches hold of one feature."""
+
+    ids: int
+    samples: int
+    batches: int  # in which the feature was
+    weighted: bool  # its ids come with weights
+    varies: bool  # it has a number of samples of its own (variable batch per feature)
+
+    @property
+    def factor(self) -> float:
+        """Mean ids per sample; 0 for a feature without any."""
+        return self.ids / self.samples if self.samples else 0.0
+
+    @property
+    def batch_size(self) -> int:
+        """Mean samples per batch, at least 1."""
+        return max(1, round(self.samples / self.batches))
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What batches hold of every feature."""
+
+    batches: int  # taken
+    features: Mapping[str, FeaturePooling]
+
+    def constraints(self, tables: Any, constraints: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """torchrec's constraints of every table, with the measured figures; see `constraints_from`."""
+        own = dict(constraints or {})
+        wanted = _tables(tables)
+        self._assert_known({name: features for name, features in wanted.items() if _asks(own.get(name))})
+        for name, features in wanted.items():
+            if all(feature in self.features for feature in features):
+                own[name] = self._completed(own.get(name), [self.features[feature] for feature in features])
+        return own
+
+    def _completed(self, constraint: Any, found: Sequence[FeaturePooling]) -> Any:
+        measured: dict[str, Any] = {"pooling_factors": [feature.factor for feature in found]}
+        measured["is_weighted"] = any(feature.weighted for feature in found)
+        # torchrec multiplies numbers of poolings with batch sizes: those that a user gives stand for both.
+        if any(feature.varies for feature in found) and not getattr(constraint, "num_poolings", None):
+            measured["batch_sizes"] = [feature.batch_size for feature in found]
+        return host.completed(constraint, **measured)
+
+    def _assert_known(self, tables: Mapping[str, Sequence[str]]) -> None:
+        unknown = {f: name for name, features in tables.items() for f in features if f not in self.features}
+        if not unknown:
+            return
+        first = next(iter(unknown))
+        close = difflib.get_close_matches(first, self.features, n=1)
+        raise ValueError(
+            f"{len(unknown)} features are in none of the {self.batches} batches: "
+            + ", ".join(f"{feature!r} of table {table!r}" for feature, table in list(unknown.items())[:5])
+            + (", …" if len(unknown) > 5 else "")
+            + (f"; did you mean {close[0]!r}?" if close else f"; the batches have {sorted(self.features)[:8]}")
+        )
+
+
+def constraints_from(
+    batches: Iterable[Any],
+    tables: Any,
+    constraints: Mapping[str, Any] | None = None,
+    *,
+    limit: int | None = 100,
+) -> dict[str, Any]:
+    """torchrec's constraints for a planner, with pooling factors measured over batches.
+
+    Args:
+        batches: A data loader, or batches: each a `KeyedJaggedTensor`, or tuples, dicts and dataclasses that hold some
+            (such as torchrec's `Batch`). An iterator is read from, so the batches taken are gone: their number is
+            logged.
+        tables: The model, or the tables' configurations.
+        constraints: Your own. They are copied; what they set stays, and only fields that are still torchrec's
+            defaults are filled in: `pooling_factors`, `is_weighted`, and `batch_sizes` where the batches have a number
+            of samples for each feature.
+        limit: Most batches taken; None: all of them.
+
+    Raises:
+        TypeError: A batch holds no `KeyedJaggedTensor`.
+        ValueError: There is no batch, no batch has a sample, a table's feature is in none, or tables of one name have
+            different features.
+
+    Sequential equivalent::
+
+        {table: ParameterConstraints(pooling_factors=[batch[feature].lengths().float().mean() for feature in …])}
+    """
+    return measure(batches, limit=limit).constraints(tables, constraints)
+
+
+def measure(batches: Iterable[Any], *, limit: int | None = 100) -> Pooling:
+    """What batches hold of every feature; a feature that some batches lack is measured over the others.
+
+    Raises:
+        TypeError: A batch holds no `KeyedJaggedTensor`.
+        ValueError: There is no batch, or no batch has a sample.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1 batch, or None for all of them")
+    if isinstance(batches, host.KeyedJaggedTensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is one {type(batches).__name__}; expected a data loader, or a list of batches")
+    found: dict[str, FeaturePooling] = {}
+    taken = 0
+    for batch in islice(batches, limit):
+        jagged = list(_jagged(batch))
+        if not jagged:
+            raise TypeError(
+                f"batch {taken} is a {type(batch).__name__} without a KeyedJaggedTensor; expected one, or a tuple, "
+                "dict or dataclass that holds some"
+            )
+        taken += 1
+        for feature in (feature for tensor in jagged for feature in host.pooled_features(tensor)):
+            found[feature.name] = _added(found.get(feature.name), feature)
+    if not taken:
+        raise ValueError("there is no batch; an iterator that was read to its end has none left: give the data loader")
+    if not any(feature.samples for feature in found.values()):
+        raise ValueError(f"{taken} batches, and not one sample in them")
+    if isinstance(batches, Iterator):
+        _log.warning("pooling factors: took %d batches off an iterator; whoever reads on gets those after them", taken)
+    return Pooling(taken, found)
+
+
+def _added(sum_: FeaturePooling | None, more: host.PooledFeature) -> FeaturePooling:
+    was = sum_ or FeaturePooling(0, 0, 0, False, False)
+    return FeaturePooling(
+        was.ids + more.ids,
+        was.samples + more.samples,
+        was.batches + 1,
+        was.weighted or more.weighted,
+        was.varies or more.varies,
+    )
+
+
+def _jagged(batch: Any) -> Iterator[Any]:
+    """Every `KeyedJaggedTensor` in a batch."""
+    if isinstance(batch, host.KeyedJaggedTensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _jagged(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _jagged(value)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for field in fields(batch):
+            yield from _jagged(getattr(batch, field.name))
+
+
+def _tables(tables: Any) -> dict[str, tuple[str, ...]]:
+    """The features of each table, by name."""
+    if hasattr(tables, "modules"):
+        listed = list(host.table_features(tables))
+    else:
+        listed = [host.TableFeatures(table.name, tuple(table.feature_names)) for table in tables]
+    found: dict[str, tuple[str, ...]] = {}
+    for name, features in listed:
+        if found.setdefault(name, features) != features:
+            raise ValueError(
+                f"two tables are called {name!r}, with features {found[name]} and {features}; torchrec's constraints "
+                "go by name: rename one"
+            )
+    if not found:
+        raise ValueError("there is no embedding table: give the model, or the tables' configurations")
+    return found
+
+
+def _asks(constraint: Any) -> bool:
+    """Whether a table's pooling factors are to be measured."""
+    return host.completed(constraint, pooling_factors=None).pooling_factors is None
