@@ -18,9 +18,11 @@ every table how it is cut into shards and where each lies. Its rating is the lar
     torchrec_enumerator.py, torchrec_space.py, torchrec_search.py   torchrec's options listed quickly, as a problem,
                   and the search in torchrec's own loop
     torchrec_inputs.py, torchrec_group.py   what it is given, looked at first; one rank's plan for all ranks
+    calibrate.py, measure.py, calibration.py, torchrec_topology.py   this machine's constants: the ranks that measure,
+                  how, the file, the topology that takes it
     torchrec_pooling.py   pooling factors measured over batches
     garbage.py    no garbage collection while options are made by the million
-    demo.py       `forerun demo`
+    commands.py, demo.py   `forerun dlrm …`, `forerun demo`
 
 Axes: F tables, O options (ways to shard a table), S shards, R ranks.
 
