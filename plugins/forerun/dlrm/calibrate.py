@@ -31,7 +31,7 @@ class Job:
 
     out: Path
     device: str  # cpu or cuda
-    timeout: float = 600.0  # seconds of the whole, and of each exchange
+    timeout: float = 600.0  # seconds of the whole; under torchrun of each exchange
     effort: Effort = field(default_factory=Effort)
 
     def __post_init__(self) -> None:
@@ -116,9 +116,9 @@ def _on_rank(
     job: Job, rank: int, size: int, local_rank: int, local_size: int, store: str, progress: Callable[[str], None]
 ) -> None:
     device = torch.device(job.device, local_rank) if job.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group(
             job.backend, init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=job.timeout)
         )
@@ -126,7 +126,8 @@ def _on_rank(
         if rank == 0:
             _calibration(job, device, size, local_size, lines).save(job.out)
     except (RuntimeError, ValueError) as error:
-        raise CalibrationError(f"rank {rank} of {size}: {str(error).splitlines()[0]}") from error
+        told = str(error).partition("\n")[0]
+        raise CalibrationError(f"rank {rank} of {size}: {told}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

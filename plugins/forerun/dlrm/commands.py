@@ -75,7 +75,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("calibration.json"),
     ranks: Annotated[int | None, typer.Option(help="Processes to start here; none under torchrun.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default what torch finds.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until it gives up.")] = 600.0,
+    timeout: Annotated[float, typer.Option(help="Seconds until it gives up; under torchrun, on one exchange.")] = 600.0,
     largest: Annotated[int, typer.Option(help="MB of the largest message.")] = 64,
     repeats: Annotated[int, typer.Option(help="Of every measurement; their median counts.")] = 15,
     table: Annotated[int, typer.Option(help="MB of the table that each rank looks up.")] = 256,

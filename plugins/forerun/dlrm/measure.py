@@ -114,9 +114,10 @@ class _Clock:
             except RuntimeError as error:
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
+                told = str(error).partition("\n")[0]
                 raise LostRank(
                     f"could not go on with {name}, {scope}, {size} bytes; another rank may have ended, or taken too "
-                    f"long: {str(error).splitlines()[0]}"
+                    f"long: {told}"
                 ) from error
         return Line(name, scope, ranks, *fit(timings), tuple(timings))
 

@@ -87,7 +87,7 @@ def _no_plan() -> Iterator[None]:
         yield
     except (host.PlannerError, RuntimeError) as error:
         # Without the log that torchrec then refers to: a line for each way in which each table cannot be sharded.
-        raise NoPlan(str(error).strip().splitlines()[0].partition(" To debug")[0]) from error
+        raise NoPlan(str(error).strip().partition("\n")[0].partition(" To debug")[0]) from error
 
 
 def _module(rows: Sequence[TableRow]) -> torch.nn.Module:
