@@ -22,6 +22,7 @@ __all__ = [
     "PooledFeature",
     "TableFeatures",
     "completed",
+    "of_config",
     "pooled_features",
     "table_features",
 ]
@@ -43,10 +44,11 @@ class PooledFeature(NamedTuple):
 
 
 class TableFeatures(NamedTuple):
-    """The features that one table is looked up by, in the order in which torchrec counts them."""
+    """A table and the features that it is looked up by, in the order in which torchrec counts them."""
 
     name: str
     features: tuple[str, ...]
+    rows: int
 
 
 def pooled_features(batch: Any) -> Iterator[PooledFeature]:
@@ -62,7 +64,12 @@ def table_features(module: Any) -> Iterator[TableFeatures]:
     for part in module.modules():
         for listed in _CONFIGS:
             if callable(configs := getattr(part, listed, None)):
-                yield from (TableFeatures(config.name, tuple(config.feature_names)) for config in configs())
+                yield from map(of_config, configs())
+
+
+def of_config(config: Any) -> TableFeatures:
+    """The table that a configuration describes."""
+    return TableFeatures(config.name, tuple(config.feature_names), int(config.num_embeddings))
 
 
 def completed(constraint: Any, **measured: Any) -> Any:

@@ -7,17 +7,14 @@ where none are given. `constraints_from` fills them in from batches; `measure` g
 from __future__ import annotations
 
 import difflib
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from forerun.dlrm.torchrec_batches import jagged_tensors, tables_of
 from forerun_adapters import torchrec_data as host
 
 __all__ = ["FeaturePooling", "Pooling", "constraints_from", "measure"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Pooling:
     def constraints(self, tables: Any, constraints: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """torchrec's constraints of every table, with the measured figures; see `constraints_from`."""
         own = dict(constraints or {})
-        wanted = _tables(tables)
+        wanted = {table.name: table.features for table in tables_of(tables)}
         self._assert_known({name: features for name, features in wanted.items() if _asks(own.get(name))})
         for name, features in wanted.items():
             if all(feature in self.features for feature in features):
@@ -118,28 +115,14 @@ def measure(batches: Iterable[Any], *, limit: int | None = 100) -> Pooling:
         TypeError: A batch holds no `KeyedJaggedTensor`.
         ValueError: There is no batch, or no batch has a sample.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: expected at least 1 batch, or None for all of them")
-    if isinstance(batches, host.KeyedJaggedTensor) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches is one {type(batches).__name__}; expected a data loader, or a list of batches")
     found: dict[str, FeaturePooling] = {}
     taken = 0
-    for batch in islice(batches, limit):
-        jagged = list(_jagged(batch))
-        if not jagged:
-            raise TypeError(
-                f"batch {taken} is a {type(batch).__name__} without a KeyedJaggedTensor; expected one, or a tuple, "
-                "dict or dataclass that holds some"
-            )
+    for jagged in jagged_tensors(batches, limit):
         taken += 1
         for feature in (feature for tensor in jagged for feature in host.pooled_features(tensor)):
             found[feature.name] = _added(found.get(feature.name), feature)
-    if not taken:
-        raise ValueError("there is no batch; an iterator that was read to its end has none left: give the data loader")
     if not any(feature.samples for feature in found.values()):
         raise ValueError(f"{taken} batches, and not one sample in them")
-    if isinstance(batches, Iterator):
-        _log.warning("pooling factors: took %d batches off an iterator; whoever reads on gets those after them", taken)
     return Pooling(taken, found)
 
 
@@ -152,39 +135,6 @@ def _added(sum_: FeaturePooling | None, more: host.PooledFeature) -> FeaturePool
         was.weighted or more.weighted,
         was.varies or more.varies,
     )
-
-
-def _jagged(batch: Any) -> Iterator[Any]:
-    """Every `KeyedJaggedTensor` in a batch."""
-    if isinstance(batch, host.KeyedJaggedTensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _jagged(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _jagged(value)
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        for field in fields(batch):
-            yield from _jagged(getattr(batch, field.name))
-
-
-def _tables(tables: Any) -> dict[str, tuple[str, ...]]:
-    """The features of each table, by name."""
-    if hasattr(tables, "modules"):
-        listed = list(host.table_features(tables))
-    else:
-        listed = [host.TableFeatures(table.name, tuple(table.feature_names)) for table in tables]
-    found: dict[str, tuple[str, ...]] = {}
-    for name, features in listed:
-        if found.setdefault(name, features) != features:
-            raise ValueError(
-                f"two tables are called {name!r}, with features {found[name]} and {features}; torchrec's constraints "
-                "go by name: rename one"
-            )
-    if not found:
-        raise ValueError("there is no embedding table: give the model, or the tables' configurations")
-    return found
 
 
 def _asks(constraint: Any) -> bool:
