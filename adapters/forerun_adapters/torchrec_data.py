@@ -14,19 +14,25 @@ from forerun_adapters._require import require
 require("torchrec")
 
 from torchrec.distributed.planner import ParameterConstraints as _Constraints  # noqa: E402
+from torchrec.distributed.types import CacheParams as _CacheParams  # noqa: E402
+from torchrec.distributed.types import CacheStatistics as _CacheStatistics  # noqa: E402
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor as _KeyedJaggedTensor  # noqa: E402
 
 __all__ = [
+    "CacheStatistics",
     "KeyedJaggedTensor",
     "ParameterConstraints",
     "PooledFeature",
     "TableFeatures",
+    "cached_by",
     "completed",
+    "ids",
     "of_config",
     "pooled_features",
     "table_features",
 ]
 
+CacheStatistics: Any = _CacheStatistics
 KeyedJaggedTensor: Any = _KeyedJaggedTensor
 ParameterConstraints: Any = _Constraints
 
@@ -59,6 +65,13 @@ def pooled_features(batch: Any) -> Iterator[PooledFeature]:
         yield PooledFeature(name, int(ids), int(samples), weighted, varies)
 
 
+def ids(batch: Any) -> Iterator[tuple[str, Any]]:
+    """The ids `[N]` of every feature of a `KeyedJaggedTensor`, all samples' together."""
+    offsets = batch.offset_per_key()
+    for name, begin, end in zip(batch.keys(), offsets, offsets[1:], strict=False):
+        yield name, batch.values()[begin:end]
+
+
 def table_features(module: Any) -> Iterator[TableFeatures]:
     """Every table of a module's embedding collections."""
     for part in module.modules():
@@ -78,3 +91,12 @@ def completed(constraint: Any, **measured: Any) -> Any:
     constraint = constraint or default
     news = {name: value for name, value in measured.items() if getattr(constraint, name) == getattr(default, name)}
     return replace(constraint, **news)
+
+
+def cached_by(constraint: Any, statistics: Any) -> Any:
+    """A copy of a table's constraints with cache statistics, unless they have some."""
+    constraint = constraint or _Constraints()
+    params = constraint.cache_params or _CacheParams()
+    if params.stats is not None:
+        return constraint
+    return replace(constraint, cache_params=replace(params, stats=statistics))

@@ -11,6 +11,7 @@ pytest.importorskip("torchrec")  # the oldest diffusers' environment has none
 import torch
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.types import CacheParams, CacheStatistics
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, EmbeddingCollectionInterface
 
 from forerun_adapters import torchrec_data as host
@@ -41,4 +42,18 @@ def test_modules_with_tables_list_configurations() -> None:
     assert callable(EmbeddingBagCollectionInterface.embedding_bag_configs)
     assert callable(EmbeddingCollectionInterface.embedding_configs)
     for kind in (EmbeddingBagConfig, EmbeddingConfig):
-        assert {"name", "feature_names"} <= {field.name for field in fields(kind)}
+        assert {"name", "feature_names", "num_embeddings"} <= {field.name for field in fields(kind)}
+
+
+def test_a_batch_gives_the_ids_of_each_feature() -> None:
+    batch = KeyedJaggedTensor(keys=["a", "b"], values=torch.arange(5), lengths=torch.tensor([1, 2, 2, 0]))
+    assert {name: ids.tolist() for name, ids in host.ids(batch)} == {"a": [0, 1, 2], "b": [3, 4]}
+
+
+def test_cache_statistics_have_a_place() -> None:
+    assert "stats" in {field.name for field in fields(CacheParams)}
+    assert CacheStatistics.__abstractmethods__ == {"expected_lookups", "expected_miss_rate", "cacheability"}
+    statistics = object()
+    made = host.cached_by(None, statistics)
+    assert made.cache_params.stats is statistics
+    assert host.cached_by(made, object()) is made

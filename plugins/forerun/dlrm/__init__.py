@@ -21,7 +21,8 @@ every table how it is cut into shards and where each lies. Its rating is the lar
     calibrate.py, measure.py, calibration.py, torchrec_topology.py   this machine's constants: the ranks that measure,
                   how, the file, the topology that takes it
     torchrec_files.py     plans from files alone: tables_file.py tables as CSV, topology_file.py ranks as JSON
-    torchrec_pooling.py   pooling factors measured over batches
+    torchrec_pooling.py, torchrec_caching.py, torchrec_batches.py   pooling factors and cache statistics measured over
+                  batches
     garbage.py    no garbage collection while options are made by the million
     commands.py, demo.py   `forerun dlrm …`, `forerun demo`
 

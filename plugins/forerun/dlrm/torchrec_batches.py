@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import islice
 from typing import Any
 
 from forerun_adapters import torchrec_data as host
 
-__all__ = ["jagged_tensors", "tables_of"]
+__all__ = ["check_features", "jagged_tensors", "tables_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,24 @@ def tables_of(tables: Any) -> list[host.TableFeatures]:
     if not found:
         raise ValueError("there is no embedding table: give the model, or the tables' configurations")
     return list(found.values())
+
+
+def check_features(tables: Sequence[host.TableFeatures], found: Collection[str], batches: int) -> None:
+    """Returns if every feature of the tables was found in some batch.
+
+    Raises:
+        ValueError: Some were not; the message names them.
+    """
+    unknown = {feature: table.name for table in tables for feature in table.features if feature not in found}
+    if not unknown:
+        return
+    close = difflib.get_close_matches(next(iter(unknown)), found, n=1)
+    raise ValueError(
+        f"{len(unknown)} features are in none of the {batches} batches: "
+        + ", ".join(f"{feature!r} of table {table!r}" for feature, table in list(unknown.items())[:5])
+        + (", …" if len(unknown) > 5 else "")
+        + (f"; did you mean {close[0]!r}?" if close else f"; the batches have {sorted(found)[:8]}")
+    )
 
 
 def _jagged(batch: Any) -> Iterator[Any]:

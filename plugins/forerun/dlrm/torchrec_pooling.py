@@ -6,12 +6,11 @@ where none are given. `constraints_from` fills them in from batches; `measure` g
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forerun.dlrm.torchrec_batches import jagged_tensors, tables_of
+from forerun.dlrm.torchrec_batches import check_features, jagged_tensors, tables_of
 from forerun_adapters import torchrec_data as host
 
 __all__ = ["FeaturePooling", "Pooling", "constraints_from", "measure"]
@@ -48,11 +47,12 @@ class Pooling:
     def constraints(self, tables: Any, constraints: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """torchrec's constraints of every table, with the measured figures; see `constraints_from`."""
         own = dict(constraints or {})
-        wanted = {table.name: table.features for table in tables_of(tables)}
-        self._assert_known({name: features for name, features in wanted.items() if _asks(own.get(name))})
-        for name, features in wanted.items():
-            if all(feature in self.features for feature in features):
-                own[name] = self._completed(own.get(name), [self.features[feature] for feature in features])
+        wanted = tables_of(tables)
+        check_features([table for table in wanted if _asks(own.get(table.name))], self.features, self.batches)
+        for table in wanted:
+            if all(feature in self.features for feature in table.features):
+                found = [self.features[feature] for feature in table.features]
+                own[table.name] = self._completed(own.get(table.name), found)
         return own
 
     def _completed(self, constraint: Any, found: Sequence[FeaturePooling]) -> Any:
@@ -62,19 +62,6 @@ class Pooling:
         if any(feature.varies for feature in found) and not getattr(constraint, "num_poolings", None):
             measured["batch_sizes"] = [feature.batch_size for feature in found]
         return host.completed(constraint, **measured)
-
-    def _assert_known(self, tables: Mapping[str, Sequence[str]]) -> None:
-        unknown = {f: name for name, features in tables.items() for f in features if f not in self.features}
-        if not unknown:
-            return
-        first = next(iter(unknown))
-        close = difflib.get_close_matches(first, self.features, n=1)
-        raise ValueError(
-            f"{len(unknown)} features are in none of the {self.batches} batches: "
-            + ", ".join(f"{feature!r} of table {table!r}" for feature, table in list(unknown.items())[:5])
-            + (", …" if len(unknown) > 5 else "")
-            + (f"; did you mean {close[0]!r}?" if close else f"; the batches have {sorted(self.features)[:8]}")
-        )
 
 
 def constraints_from(
