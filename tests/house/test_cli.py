@@ -114,3 +114,37 @@ def test_a_demos_script_that_fails_says_what_it_printed(run, tmp_path, monkeypat
 
 def test_every_scheme_has_a_room(root):
     assert all((root / "plugins" / "forerun" / scheme / "demo.py").is_file() for scheme in demo.SCHEMES)
+
+
+_WITHOUT = """
+import sys
+from importlib import metadata
+from typer.testing import CliRunner
+from forerun import cli
+
+installed = metadata.version
+def version(name):
+    if name == "torchrec":
+        raise metadata.PackageNotFoundError(name)
+    return installed(name)
+metadata.version = version
+{also}
+result = CliRunner().invoke(cli.app, {arguments!r})
+print(result.exit_code, result.stderr, sep="|")
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, also",
+    [
+        (["dlrm", "plan", "--tables", "t.csv", "--topology", "t.json"], ""),
+        (["dlrm", "plan", "--tables", "t.csv", "--topology", "t.json"], "sys.modules['torch'] = None"),
+        (["dlrm", "calibrate", "--ranks", "2"], "sys.modules['torch'] = None"),
+    ],
+)
+def test_dlrm_says_how_to_install_what_it_lacks(run_python, arguments, also):
+    status, told = run_python(_WITHOUT.format(also=also, arguments=arguments)).strip().split("|")
+    assert status == "1"
+    assert told.count("\n") == 0
+    assert told.startswith(f"forerun dlrm {arguments[1]}: ")
+    assert told.endswith("pip install 'forerun[torchrec]'")

@@ -19,8 +19,13 @@ every table how it is cut into shards and where each lies. Its rating is the lar
                   and the search in torchrec's own loop
     torchrec_inputs.py, torchrec_clock.py, torchrec_group.py   what it is given, looked at first; how a time limit is
                   shared out; one rank's plan for all ranks
+    calibrate.py, measure.py, calibration.py, torchrec_topology.py   this machine's constants: the ranks that measure,
+                  how, the file, the topology that takes it
+    torchrec_files.py     plans from files alone: tables_file.py tables as CSV, topology_file.py ranks as JSON
+    torchrec_pooling.py, torchrec_caching.py, torchrec_batches.py   pooling factors and cache statistics measured over
+                  batches
     garbage.py    no garbage collection while options are made by the million
-    demo.py       `forerun demo`
+    commands.py, demo.py   `forerun dlrm …`, `forerun demo`
 
 Axes: F tables, O options (ways to shard a table), S shards, R ranks.
 
