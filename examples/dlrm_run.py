@@ -26,8 +26,10 @@ class Run:
     batch: int = 256  # samples of a rank
     dim: int = 16  # of every embedding
     width: int = 64  # of the MLPs' hidden layers
-    scale: float = 1.0  # of the rows of Criteo's tables
+    rows: tuple[int, ...] = tuple(KAGGLE_ROWS)  # of Criteo's tables, and of synthetic data's
+    scale: float = 1.0  # of these rows
     lookups: tuple[int, ...] = (1,) * len(KAGGLE_ROWS)  # per sample, of each table of synthetic data
+    min_partition: int | None = None  # columns of the narrowest shard; None: torchrec's default
     cache: Path = Path("build")  # where MovieLens is kept
 
 
@@ -38,7 +40,7 @@ def opened(run: Run) -> ClickLog:
         ValueError: `data` is none of those known.
     """
     kind, _, rest = run.data.partition(":")
-    rows = scaled(KAGGLE_ROWS, run.scale)
+    rows = scaled(run.rows, run.scale)
     if kind == "movielens":
         return MovieLens(Path(rest) if rest else fetch(run.cache))
     if kind == "criteo" and rest:

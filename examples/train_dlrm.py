@@ -32,9 +32,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from dlrm_comparison import trained
 from dlrm_result import as_result, draw, told
 from dlrm_run import Run
-from dlrm_training import trained
 from torch.multiprocessing import ProcessRaisedException, start_processes
 
 __all__ = ["train"]
@@ -71,6 +71,7 @@ def _join(run: Run, **group: Any) -> dict[str, Any] | None:
     logging.disable(logging.WARNING)  # torchrec's, one for each table that is copied to every rank
     warnings.filterwarnings("ignore", category=FutureWarning)  # torchrec's, of torch functions with new names
     warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")
+    warnings.filterwarnings("ignore", message="no table has pooling factors")  # one lookup each is what was measured
     torch.set_num_threads(1)
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler's own messages
     dist.init_process_group("gloo", timeout=_TIMEOUT, **group)
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=Run("").batch, help="samples of a rank")
     parser.add_argument("--dim", type=int, default=Run("").dim, help="of every embedding")
     parser.add_argument("--scale", type=float, default=Run("").scale, help="of the rows of Criteo's tables")
+    parser.add_argument("--min-partition", type=int, help="columns of the narrowest shard")
     parser.add_argument("--cache", type=Path, default=Run("").cache, help="folder for MovieLens")
     parser.add_argument("--out", type=Path, help="folder for JSON and pictures")
     options = vars(parser.parse_args(arguments))

@@ -39,6 +39,7 @@ def checked(result: dict[str, Any], ranks: int) -> None:
     assert (stock["planner"], ours["planner"]) == ("torchrec", "forerun")
     assert ours["rating_ms"] <= stock["rating_ms"] * (1 + 1e-9)
     assert result["largest_difference_of_losses"] < 1e-5
+    assert 0 < result["speed_up"][0] <= result["speed_up"][1] <= result["speed_up"][2]
     for plan in result["plans"]:
         assert len(plan["losses"]) == 7
         assert len(plan["sharding"]) == 26

@@ -98,10 +98,13 @@ def trained(run: Run) -> tuple[ClickLog, Outcome | None]:
 
 def _planned(run: Run, log: ClickLog, share: Share) -> tuple[list[Planned], list[Trained]]:
     """The same model by both plans."""
+    narrow = {} if run.min_partition is None else {"min_partition": run.min_partition}
     arguments: dict[str, Any] = {
         "topology": Topology(share.ranks, "cpu", local_world_size=share.ranks),
         "batch_size": run.batch,
-        "constraints": {table.name: ParameterConstraints(pooling_factors=[table.pooling]) for table in log.tables},
+        "constraints": {
+            table.name: ParameterConstraints(pooling_factors=[table.pooling], **narrow) for table in log.tables
+        },
         "storage_reservation": FixedPercentageStorageReservation(0.05),
         "stats": [],
     }
