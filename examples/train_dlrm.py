@@ -35,7 +35,7 @@ import torch.distributed as dist
 from dlrm_comparison import trained
 from dlrm_result import as_result, draw, told
 from dlrm_run import Run
-from torch.multiprocessing import ProcessRaisedException, start_processes
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 __all__ = ["train"]
 
@@ -52,7 +52,7 @@ def train(run: Run, ranks: int) -> dict[str, Any]:
         os.environ["LOCAL_WORLD_SIZE"] = str(ranks)  # one host: torchrec's sharded modules read it
         try:
             start_processes(_start, (ranks, run, Path(folder)), nprocs=ranks, start_method="fork")
-        except ProcessRaisedException as error:
+        except (ProcessExitedException, ProcessRaisedException) as error:
             raise RuntimeError(str(error)) from None
         result: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
         return result
@@ -105,9 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for JSON and pictures")
     options = vars(parser.parse_args(arguments))
     ranks, out = options.pop("ranks"), options.pop("out")
-    for name in ("steps", "batch", "dim"):
-        if options[name] < 1:
-            parser.error(f"--{name} is {options[name]}; give 1 or more")
+    for name, least in (("steps", 1), ("warm_up", 0), ("batch", 1), ("dim", 1)):
+        if options[name] < least:
+            parser.error(f"--{name.replace('_', '-')} is {options[name]}; give {least} or more")
+    if min(ranks) < 1:
+        parser.error(f"--ranks has {min(ranks)}; give 1 or more")
     run = Run(**options)
     if "RANK" in os.environ:  # torchrun has started the processes
         result = _join(run)

@@ -14,10 +14,11 @@ import criteo
 import numpy as np
 import pytest
 from click_logs import Batch, Ragged, Share, SyntheticLog, Table
-from criteo import CriteoLog, Line, parse
+from criteo import CriteoLog, Line, lines, parse
+from dlrm_run import Run, opened
 from movielens import LATEST, MovieLens, fetch
 
-from forerun.dlrm.synthetic import Uniform
+from forerun.dlrm.synthetic import StackDistances, Uniform
 
 LINE = b"1\t5\t\t-1\t" + b"\t".join([b"7"] * 10) + b"\t68fd1e64\t\tFFFFFFFF\t" + b"\t".join([b"0a"] * 23)
 
@@ -222,3 +223,19 @@ def test_synthetic_clicks_have_the_lookups_asked_for() -> None:
     assert not np.array_equal(batch.ids, other.ids)
     with pytest.raises(ValueError, match=r"table 'a': pooling is 1\.5"):
         SyntheticLog((Table("a", 10, 1.5),), 2, lambda table: Uniform(table.rows))
+
+
+def test_a_logs_stack_distances_are_drawn(log: Path) -> None:
+    source = opened(Run(f"synthetic:stack-distance:{log}"))
+    drawn = next(source.training(Share(0, 1), 400)).ids.reshape(26, -1)
+    written = zip(*(parse(line, "").categories for line in lines(log)), strict=True)
+    for table, ids, column in zip(source.tables, drawn, written, strict=True):
+        assert ids.max() < table.rows
+        if table.rows > 400:  # not every row is seen, so that no distance is cut off
+            assert set(StackDistances.of(ids.tolist()).distances) <= set(StackDistances.of(column).distances)
+
+
+@pytest.mark.parametrize("data", ["", "criteo", "criteo:", "synthetic:", "synthetic:zipf", "synthetic:stack-distance"])
+def test_data_that_is_not_known_is_named(data: str) -> None:
+    with pytest.raises(ValueError, match=f"data is '{data}'; give criteo:PATH"):
+        opened(Run(data))
