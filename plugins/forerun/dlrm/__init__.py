@@ -24,6 +24,7 @@ every table how it is cut into shards and where each lies. Its rating is the lar
     torchrec_files.py     plans from files alone: tables_file.py tables as CSV, topology_file.py ranks as JSON
     torchrec_pooling.py, torchrec_caching.py, torchrec_batches.py   pooling factors and cache statistics measured over
                   batches
+    synthetic.py  ids to look up, without a log
     garbage.py    no garbage collection while options are made by the million
     commands.py, demo.py   `forerun dlrm …`, `forerun demo`
 
