@@ -5,13 +5,13 @@ SHELL := bash
 SCHEME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-oldest soak demo wheel clean
+.PHONY: help setup lint types test test-oldest test-torchrec soak demo wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make the environments, each once; seconds when nothing changed
-	@$(PYTHON) tests/hosts/environments.py main sglang oldest
+	@$(PYTHON) tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9
 
 lint: setup ## Check the code's form
 	$(BIN)/ruff check
@@ -22,10 +22,16 @@ types: setup ## Check the types
 
 test: lint types ## Everything that CI runs: lint, types, all tests but the soak's
 	$(BIN)/pytest -m "not soak"
-	@$(MAKE) --no-print-directory test-oldest
+	@$(MAKE) --no-print-directory test-oldest test-torchrec
 
 test-oldest: setup ## The tests of what the oldest supported releases serve
 	.venv-oldest/bin/pytest -m "not soak" tests/picard tests/adapters
+
+test-torchrec: setup ## The tests of what stands on torchrec, on its oldest and its newest release
+	for release in 1.7 1.9; do \
+		FORERUN_TORCHREC=$$release PYTHONPATH=$(CURDIR)/.venv-torchrec-$$release \
+		$(BIN)/pytest -m "not soak" tests/dlrm tests/adapters/test_torchrec*.py || exit; \
+	done
 
 soak: setup ## The tests at full counts, which takes long: tests/results/soak.txt
 	@mkdir -p tests/results

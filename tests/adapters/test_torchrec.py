@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import fields
+from importlib import metadata
 
 import pytest
 import torch
@@ -23,6 +25,11 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerErrorType, Shard, Topology
 
 from forerun_adapters import torchrec as host
+
+
+def test_this_is_the_release_that_was_asked_for() -> None:
+    asked = os.environ.get("FORERUN_TORCHREC", "1.8")  # `make test-torchrec` sets it
+    assert metadata.version("torchrec").startswith(f"{asked}.")
 
 
 def test_the_planner_asks_its_proposers_and_partitioner_by_these_names() -> None:

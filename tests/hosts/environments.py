@@ -1,10 +1,11 @@
 """Makes the environments that tests and the demo run in, each once.
 
-    python3 tests/hosts/environments.py main sglang oldest
+    python3 tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9
 
 An environment is made from complete pins without resolving anything, so that no dependency can bring a CUDA build or
 another version along. Its stamp, written last, says what it was made from: a matching one is left alone, any other,
-half-made ones included, is made again from nothing.
+half-made ones included, is made again from nothing. Some are a folder of packages that are found before another
+environment's own: another release of one framework, with everything else shared.
 
 Standard library only: this runs before anything is installed.
 """
@@ -42,12 +43,13 @@ class Environment:
     wheels: str
     sources: str | None = None  # pins that exist as source distributions only, built against the wheels
     hosts: str = "torch"  # what must import for the environment to count as made
+    over: str | None = None  # directory of the environment whose packages these hide, set by PYTHONPATH
 
     def pins(self, root: Path) -> list[Path]:
         return [root / "tests" / "hosts" / name for name in (self.wheels, self.sources) if name]
 
     def python(self, root: Path) -> Path:
-        return root / self.directory / "bin" / "python"
+        return root / (self.over or self.directory) / "bin" / "python"
 
     def packages_stamp(self, root: Path) -> str:
         """What the installed packages depend on: pins, recipe, interpreter, and the place (a venv cannot be moved)."""
@@ -64,6 +66,12 @@ ENVIRONMENTS = {
         Environment("main", ".venv", "main.txt", "main-source.txt", hosts="torch, diffusers"),
         Environment("sglang", ".venv-sglang", "sglang.txt"),
         Environment("oldest", ".venv-oldest", "oldest.txt", hosts="torch, diffusers"),
+        *(
+            Environment(
+                f"torchrec-{release}", f".venv-torchrec-{release}", f"torchrec-{release}.txt", None, "torchrec", ".venv"
+            )
+            for release in ("1.7", "1.9")
+        ),
     )
 }
 
@@ -83,21 +91,27 @@ def make(environment: Environment, root: Path) -> bool:
     log = root / "build" / "environments" / f"{environment.name}.log"
     python = str(environment.python(root))
     whole = _read(packages) != environment.packages_stamp(root)
-    if not whole and _read(project) == environment.project_stamp(root):
+    if not whole and (environment.over or _read(project) == environment.project_stamp(root)):
         return False
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     if whole:
         shutil.rmtree(folder, ignore_errors=True)
-        _step(environment, "creating", [sys.executable, "-m", "venv", str(folder)], root, log)
         wheels, *sources = environment.pins(root)
-        _step(environment, "installing", [python, *_PIP, "-r", str(wheels)], root, log)
+        if environment.over:
+            _step(environment, "installing", [python, *_PIP, "--target", str(folder), "-r", str(wheels)], root, log)
+        else:
+            _step(environment, "creating", [sys.executable, "-m", "venv", str(folder)], root, log)
+            _step(environment, "installing", [python, *_PIP, "-r", str(wheels)], root, log)
         for pins in sources:
             # DeepSpeed compiles its operators when they are first used, not here.
             command = [python, *_PIP, "--no-build-isolation", "-r", str(pins)]
             _step(environment, "building", command, root, log, {"DS_BUILD_OPS": "0"})
-        _step(environment, "checking", [python, "-c", f"import {environment.hosts}"], root, log)
+        variables = {"PYTHONPATH": str(folder)} if environment.over else {}
+        _step(environment, "checking", [python, "-c", f"import {environment.hosts}"], root, log, variables)
         packages.write_text(environment.packages_stamp(root))
+    if environment.over:
+        return True
     _step(environment, "adding forerun", [python, *_PIP, "--no-build-isolation", "-e", "."], root, log)
     project.write_text(environment.project_stamp(root))
     return True
@@ -163,7 +177,7 @@ def _read(stamp: Path) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Makes the environments that tests and the demo run in, each once.")
-    parser.add_argument("names", nargs="+", choices=sorted(ENVIRONMENTS), metavar="NAME", help="main, sglang or oldest")
+    parser.add_argument("names", nargs="+", choices=sorted(ENVIRONMENTS), metavar="NAME", help=", ".join(ENVIRONMENTS))
     names = parser.parse_args(arguments).names
     # The system's python3 runs this file, whatever it is, before pip could refuse it.
     if sys.version_info < (3, 11):  # noqa: UP036
