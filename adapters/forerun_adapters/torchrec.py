@@ -21,7 +21,7 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator as _Enu
 from torchrec.distributed.planner.estimator import estimator as _perf_estimators  # noqa: E402
 from torchrec.distributed.planner.estimator.types import HardwarePerfConfig as _PerfConfig  # noqa: E402
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner as _GreedyPartitioner  # noqa: E402
-from torchrec.distributed.planner.perf_models import NoopPerfModel as _PerfModel  # noqa: E402
+from torchrec.distributed.planner.perf_models import NoopPerfModel as _NoopPerfModel  # noqa: E402
 from torchrec.distributed.planner.shard_estimators import (  # noqa: E402
     EmbeddingPerfEstimator as _PerfEstimator,
 )
@@ -29,6 +29,7 @@ from torchrec.distributed.planner.shard_estimators import (  # noqa: E402
     EmbeddingStorageEstimator as _StorageEstimator,
 )
 from torchrec.distributed.planner.types import Partitioner as _Partitioner  # noqa: E402
+from torchrec.distributed.planner.types import PerfModel as _PerfModel  # noqa: E402
 from torchrec.distributed.planner.types import PlannerError as _PlannerError  # noqa: E402
 from torchrec.distributed.planner.types import PlannerErrorType, Shard  # noqa: E402
 from torchrec.distributed.planner.types import Proposer as _Proposer  # noqa: E402
@@ -41,6 +42,7 @@ __all__ = [
     "EmbeddingShardingPlanner",
     "GreedyPartitioner",
     "Partitioner",
+    "PerfModel",
     "PlannerError",
     "Proposer",
     "Sharded",
@@ -66,6 +68,7 @@ EmbeddingEnumerator: Any = _Enumerator
 EmbeddingShardingPlanner: Any = _Planner
 GreedyPartitioner: Any = _GreedyPartitioner
 Partitioner: Any = _Partitioner
+PerfModel: Any = _PerfModel
 PlannerError: Any = _PlannerError
 Proposer: Any = _Proposer
 ShardingPlan: Any = _ShardingPlan
@@ -211,7 +214,7 @@ def is_greedy(partitioner: Any) -> bool:
 
 def is_makespan(model: Any) -> bool:
     """Whether a performance model is torchrec's default one: the largest sum of `Perf.total` of a rank."""
-    return type(model) is _PerfModel
+    return type(model) is _NoopPerfModel
 
 
 def is_default_pooling(constraint: Any) -> bool:

@@ -7,17 +7,27 @@ Bandwidths are bytes per ms. The contract tests of every symbol used here are in
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from typing import Any
 
 from forerun_adapters._require import require
 
 require("torchrec")
 
+from torchrec.distributed.planner.types import BasicCommsBandwidths as _TwoLinks  # noqa: E402
 from torchrec.distributed.planner.types import CustomTopologyData as _CustomTopologyData  # noqa: E402
 from torchrec.distributed.planner.types import GeneralizedCommsBandwidth as _Bandwidth  # noqa: E402
 from torchrec.distributed.planner.types import Topology as _Topology  # noqa: E402
 
-__all__ = ["CONSTANTS", "GeneralizedCommsBandwidth", "all_reduce_factor", "topology"]
+__all__ = [
+    "CONSTANTS",
+    "GeneralizedCommsBandwidth",
+    "all_reduce_factor",
+    "knows_two_links",
+    "links",
+    "topology",
+    "with_links",
+]
 
 GeneralizedCommsBandwidth: Any = _Bandwidth
 
@@ -52,6 +62,23 @@ def topology(*, per_rank: dict[str, list[int]] | None = None, **given: Any) -> A
         given["custom_topology_data"] = _CustomTopologyData(per_rank, given["world_size"])
     # Without the mark it warns of constants that nobody looked at.
     return _Topology(**given, created_by_factory=True)
+
+
+def links(topology: Any) -> Any:
+    """What a topology answers the estimators' questions for bandwidths with."""
+    return topology.comms_bandwidths
+
+
+def with_links(topology: Any, links: Any) -> Any:
+    """A copy of the topology with other links."""
+    other = copy(topology)
+    other._comms_bandwidths = links
+    return other
+
+
+def knows_two_links(links: Any) -> bool:
+    """Whether links are torchrec's plain pair of bandwidths, within hosts and between them."""
+    return type(links) is _TwoLinks
 
 
 def all_reduce_factor(world_size: int, local_world_size: int) -> float:

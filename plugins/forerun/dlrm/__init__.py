@@ -17,6 +17,7 @@ every table how it is cut into shards and where each lies. Its rating is the lar
     torchrec.py   `DLRMPlanner`, the drop-in for torchrec's planner
     torchrec_enumerator.py, torchrec_space.py, torchrec_search.py   torchrec's options listed quickly, as a problem,
                   and the search in torchrec's own loop
+    torchrec_objective.py   what plans are rated by
     torchrec_inputs.py, torchrec_clock.py, torchrec_group.py   what it is given, looked at first; how a time limit is
                   shared out; one rank's plan for all ranks
     calibrate.py, measure.py, calibration.py, torchrec_topology.py   this machine's constants: the ranks that measure,

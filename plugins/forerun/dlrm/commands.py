@@ -15,6 +15,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from forerun.dlrm.report import Report
     from forerun.dlrm.torchrec_files import FilePlanning
+    from forerun.dlrm.torchrec_objective import Objective
 
 __all__ = ["app"]
 
@@ -40,6 +41,9 @@ def plan(
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that the planner may take.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run torchrec's planner too.")] = False,
+    corrected: Annotated[
+        bool, typer.Option("--corrected", help="Count the travel of ids, and all-reduces within a host as such.")
+    ] = False,
 ) -> None:
     """Plan from files alone: no model, no GPU, no memory for the tables."""
     try:
@@ -52,7 +56,8 @@ def plan(
         _check_plan(batch_size, timeout, out, picture)
         old = None if before is None else Report.load(before)
         with _quiet("plan"):
-            planning = FilePlanning(tables, topology, batch_size=batch_size, timeout=timeout)
+            objective: Objective = "corrected" if corrected else "torchrec"
+            planning = FilePlanning(tables, topology, batch_size=batch_size, timeout=timeout, objective=objective)
             report = planning.plan()
         show(report.explain())
         if picture is not None:

@@ -42,6 +42,7 @@ class Report:
     seconds: float  # from the call of `plan` to the report
     enumeration_seconds: float  # of them, those that listed and estimated the options
     search: str  # who found the plan
+    objective: str  # what it is rated by: "torchrec", or "corrected"
     tables: tuple[Sharding, ...]
     tiers: tuple[str, ...]  # names of the kinds of memory
     capacity: tuple[tuple[int, ...], ...]  # bytes of each rank that embeddings may take, in each tier
@@ -99,9 +100,10 @@ class Report:
     def explain(self) -> RenderableType:
         """A summary and a row per rank, for `rich.print`."""
         bound = "no bound" if self.bound is None else f"no plan below {self.bound:.4f} ms (gap {self.gap:.2%})"
+        corrected = "" if self.objective == "torchrec" else f" ({self.objective})"
         text = (
-            f"rating {self.rating:.4f} ms, {bound}; {self.seconds:.1f} s, of them {self.enumeration_seconds:.1f} s to "
-            f"list the options; found by {self.search}\nbinds: {self.binds}"
+            f"rating {self.rating:.4f} ms{corrected}, {bound}; {self.seconds:.1f} s, of them "
+            f"{self.enumeration_seconds:.1f} s to list the options; found by {self.search}\nbinds: {self.binds}"
         )
         used = [n for n in range(len(self.tiers)) if any(memory[n] for memory in self.rank_memory)]
         rows = Table("rank", "ms", *(f"{self.tiers[n]} GB (of)" for n in used), "shards", "largest (ms)")

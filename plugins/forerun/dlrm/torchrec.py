@@ -31,7 +31,8 @@ from forerun.dlrm.report import Report, Sharding
 from forerun.dlrm.torchrec_clock import Clock
 from forerun.dlrm.torchrec_enumerator import FastEnumerator
 from forerun.dlrm.torchrec_group import from_first_rank
-from forerun.dlrm.torchrec_inputs import check_constraints, check_group, check_tables
+from forerun.dlrm.torchrec_inputs import check_constraints, check_group, check_objective, check_tables
+from forerun.dlrm.torchrec_objective import COSTS, CorrectedModel, Objective, corrected
 from forerun.dlrm.torchrec_search import CorePartitioner, CoreProposer, ProposerWhile
 from forerun.dlrm.torchrec_space import SearchSpace, sharding_of
 from forerun_adapters import torchrec as host
@@ -66,6 +67,8 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         asks_torchrec: Whether torchrec's own search runs as well, and the better plan is taken. None: where it takes
             seconds (up to 600 options), or where this one found no plan, or with a performance model of the user's;
             never where the plan is proven best. Without it a plan may be worse than torchrec's by the gap at most.
+        objective: What plans are rated by: torchrec's rating, or that "corrected" for the travel of ids and for
+            all-reduces within a host (`forerun.dlrm.torchrec_objective`).
 
     Sequential equivalent::
 
@@ -74,6 +77,7 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
 
     report: Report | None
     _num_plans: int
+    _perf_model: Any
     _partitioner: Any
     _proposers: list[Any]
     _best_plan: list[Any] | None
@@ -96,8 +100,10 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         *,
         strict: bool = False,
         asks_torchrec: bool | None = None,
+        objective: Objective = "torchrec",
     ) -> None:
         check_constraints(constraints)
+        check_objective(objective, COSTS, performance_model, enumerator)
         super().__init__(
             topology=topology,
             batch_size=batch_size,
@@ -113,13 +119,15 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
             timeout_seconds=timeout_seconds,
             plan_loader=plan_loader,
         )
+        self._objective = objective
+        if objective == "corrected":
+            self._perf_model = CorrectedModel(self._topology)
         if enumerator is None:
-            self._enumerator = FastEnumerator(
-                topology=self._topology, batch_size=self._batch_size, constraints=constraints
-            )
+            priced = corrected(self._topology) if objective == "corrected" else self._topology
+            self._enumerator = FastEnumerator(topology=priced, batch_size=self._batch_size, constraints=constraints)
             self._enumerator.shares = not (proposer or partitioner or performance_model or callbacks)
         self._strict = strict
-        self._makespan = host.is_makespan(self._perf_model)
+        self._makespan = objective == "corrected" or host.is_makespan(self._perf_model)
         self._searches = host.is_greedy(self._partitioner)
         self._asks_torchrec = asks_torchrec
         self._asks_always = bool(proposer) or not self._makespan
@@ -152,7 +160,7 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         best: list[Any] = self._best_plan or []
         if not best:
             check_tables([], self._constraints, strict=self._strict)
-        self.report = self._reported(tuple(sharding_of(option) for option in best), *self._rated(best))
+        self.report = self._reported(tuple(sharding_of(option, self._cost) for option in best), *self._rated(best))
         return plan
 
     def collective_plan(
@@ -205,7 +213,7 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
     def _solve(self, topology: Any) -> list[Any]:
         """The core's plan on ranks whose other memory is taken off."""
         last = self._last
-        last.space = space = SearchSpace(last.options or [], topology)
+        last.space = space = SearchSpace(last.options or [], topology, self._cost)
         try:
             result = best_plan(space.problem, deadline=self._search_deadline())
         except Infeasible as error:
@@ -238,8 +246,13 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
 
     def _the_space(self) -> SearchSpace:
         if self._last.space is None:
-            self._last.space = SearchSpace(self._last.options or [], self._storage_reservation.last_reserved_topology)
+            topology = self._storage_reservation.last_reserved_topology
+            self._last.space = SearchSpace(self._last.options or [], topology, self._cost)
         return self._last.space
+
+    @property
+    def _cost(self) -> Callable[[Any], float]:
+        return COSTS[self._objective]
 
     def _rated(self, best: list[Any]) -> tuple[float, str]:
         """The rating of the plan taken, and who found it."""
@@ -269,6 +282,7 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
             seconds=last.clock.seconds,
             enumeration_seconds=last.clock.listing,
             search=search,
+            objective=self._objective,
             tables=tables,
             tiers=host.TIERS,
             capacity=tuple(host.tiers(device.storage) for device in topology.devices),

@@ -14,6 +14,7 @@ from forerun.dlrm.report import Report
 from forerun.dlrm.tables_file import TableRow, read_tables
 from forerun.dlrm.topology_file import TopologyFile, read_topology
 from forerun.dlrm.torchrec import DLRMPlanner
+from forerun.dlrm.torchrec_objective import Objective
 from forerun.dlrm.torchrec_topology import topology_from
 from forerun_adapters import torchrec as host
 from forerun_adapters import torchrec_data as data
@@ -35,6 +36,7 @@ class FilePlanning:
         topology: A JSON file; see `forerun.dlrm.topology_file.TopologyFile`.
         batch_size: Samples of a rank; None: torchrec's default.
         timeout: Seconds that a planner may take; None: until it is done.
+        objective: What plans are rated by; see `DLRMPlanner`.
 
     Raises:
         ValueError: A file says something that cannot be; the message names it.
@@ -42,7 +44,13 @@ class FilePlanning:
     """
 
     def __init__(
-        self, tables: Path, topology: Path, *, batch_size: int | None = None, timeout: float | None = None
+        self,
+        tables: Path,
+        topology: Path,
+        *,
+        batch_size: int | None = None,
+        timeout: float | None = None,
+        objective: Objective = "torchrec",
     ) -> None:
         rows = read_tables(tables, sharding_types=models.SHARDING_TYPES, compute_kernels=models.COMPUTE_KERNELS)
         ranks = read_topology(topology, constants=topologies.CONSTANTS)
@@ -55,7 +63,7 @@ class FilePlanning:
             "timeout_seconds": timeout,
             "stats": [],
         }
-        self.planner = DLRMPlanner(**self._arguments)
+        self.planner = DLRMPlanner(**self._arguments, objective=objective)
 
     def plan(self) -> Report:
         """`DLRMPlanner`'s plan.

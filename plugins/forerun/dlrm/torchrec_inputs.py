@@ -6,12 +6,12 @@ import difflib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from forerun_adapters import torchrec as host
 
-__all__ = ["check_constraints", "check_group", "check_tables"]
+__all__ = ["check_constraints", "check_group", "check_objective", "check_tables"]
 
 
 def check_constraints(constraints: Mapping[str, Any] | None) -> None:
@@ -38,6 +38,21 @@ def check_constraints(constraints: Mapping[str, Any] | None) -> None:
                 "INPUT_VALIDATION",
                 f"constraints of table {table!r}: {lengths} are numbers of features and must be equal",
             )
+
+
+def check_objective(objective: str, known: Iterable[str], model: Any, enumerator: Any) -> None:
+    """Returns if plans can be rated by an objective.
+
+    Raises:
+        PlannerError: It is none, or a user's own performance model or enumerator decides what it decides.
+    """
+    if objective not in known:
+        raise host.planner_error("INPUT_VALIDATION", f"objective={objective!r}: expected one of {', '.join(known)}")
+    if objective == "corrected" and (model is not None or enumerator is not None):
+        own = "performance_model" if model is not None else "enumerator"
+        raise host.planner_error(
+            "INPUT_VALIDATION", f"objective='corrected' says what costs count, and so does your {own}: give one of them"
+        )
 
 
 def check_tables(options: Sequence[Any], constraints: Mapping[str, Any] | None, *, strict: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -29,9 +29,15 @@ class SearchSpace:
     Raises:
         PlannerError: A table has no option that fits the number of ranks and hosts, or an estimate is not a finite,
             positive number.
+
+    Args:
+        options: torchrec's, estimated.
+        topology: Its ranks.
+        cost: What counts of a shard's `Perf` (ms).
     """
 
-    def __init__(self, options: Sequence[Any], topology: Any) -> None:
+    def __init__(self, options: Sequence[Any], topology: Any, cost: Callable[[Any], float]) -> None:
+        self._cost = cost
         hosts = host.host_of(topology)
         self.tiers: tuple[str, ...] = host.TIERS
         size = hosts.count(hosts[0])
@@ -49,7 +55,9 @@ class SearchSpace:
                     f"hosts of {size}: {sorted({c.sharding_type for c in choices})}",
                 )
             kept.append(
-                _distinct([_Measured(c, Spread[host.spread_name(c)], _runs(c)) for c in sorted(usable, key=_order)])
+                _distinct(
+                    [_Measured(c, Spread[host.spread_name(c)], _runs(c, cost)) for c in sorted(usable, key=_order)]
+                )
             )
         self.names = tuple(tables)
         self._alike: dict[tuple[str, str, str], list[Any]] = {}
@@ -97,7 +105,8 @@ class SearchSpace:
     def lists(self, plan: Sequence[Any]) -> bool:
         """Whether all options of a plan are listed ones: a proposer, or a callback, may make some of its own."""
         return all(
-            any(_runs(option) == _runs(listed) for listed in self._alike.get(_name(option), ())) for option in plan
+            any(_runs(option, self._cost) == _runs(listed, self._cost) for listed in self._alike.get(_name(option), ()))
+            for option in plan
         )
 
     def explain(self, lack: Infeasible, *, proven: bool) -> str:
@@ -134,7 +143,7 @@ class SearchSpace:
             for option in self._alike.get((name, how.sharding_type, how.compute_kernel), ()):
                 sizes = tuple(tuple(shard.size) for shard in option.shards)
                 if len(sizes) == len(how.ranks) and how.sizes in (None, sizes):
-                    found[name] = sharding_of(host.shard_on_ranks(option, how.ranks))
+                    found[name] = sharding_of(host.shard_on_ranks(option, how.ranks), self._cost)
                     break
             else:
                 raise ValueError(f"table {name!r}: {how.sharding_type}, {how.compute_kernel} is none of its options")
@@ -159,9 +168,9 @@ class _Measured(NamedTuple):
     runs: tuple[_Run, ...]
 
 
-def sharding_of(option: Any) -> Sharding:
-    """How an option whose shards have ranks shards its table."""
-    runs = _runs(option)
+def sharding_of(option: Any, cost: Callable[[Any], float]) -> Sharding:
+    """How an option whose shards have ranks shards its table; `cost` as `SearchSpace` takes it."""
+    runs = _runs(option, cost)
     return Sharding(
         option.fqn,
         option.sharding_type,
@@ -176,14 +185,14 @@ def _name(option: Any) -> tuple[str, str, str]:
     return option.fqn, option.sharding_type, option.compute_kernel
 
 
-def _runs(option: Any) -> tuple[_Run, ...]:
+def _runs(option: Any, cost: Callable[[Any], float]) -> tuple[_Run, ...]:
     runs: list[tuple[float, tuple[int, ...]]] = []
     counts: list[int] = []
     perf = storage = None
     for shard in option.shards:
         if shard.perf is not perf or shard.storage is not storage:
             perf, storage = shard.perf, shard.storage
-            size = (float(perf.total), host.tiers(storage))
+            size = (cost(perf), host.tiers(storage))
             if not runs or runs[-1] != size:
                 runs.append(size)
                 counts.append(0)
