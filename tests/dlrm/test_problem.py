@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from instances import assemble, synthetic
 
-from forerun.dlrm.diff import difference
 from forerun.dlrm.merge import merge
 from forerun.dlrm.problem import Plan, Spread, loads, make_plan, validate
 
@@ -125,14 +124,3 @@ def test_a_group_of_many_tables_keeps_few_combinations_and_says_so():
     assert merged.problem.tables == 1
     assert len(merged.choices) <= 64
     assert not merged.complete
-
-
-def test_difference_counts_what_a_rank_did_not_hold():
-    problem = two_tables()
-    before = make_plan(problem, [1, 2], [[0, 2], [2, 3]])
-    after = make_plan(problem, [1, 3], [[0, 1], [0, 1, 2, 3]])
-    changed = difference(problem, before, after)
-    assert changed.tables.tolist() == [0, 1]
-    assert changed.arriving[:, 0].tolist() == [2, 7, 2, 2]
-    assert changed.moved.tolist() == [13]
-    assert difference(problem, before, before).moved.tolist() == [0]

@@ -24,7 +24,8 @@ from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import Partitioner, PlannerError, PlannerErrorType
 from torchrec_models import HOTNESS, SHARDERS, mlperf, module, pooling, small, topology
 
-from forerun.dlrm.report import Report, difference
+from forerun.dlrm.diff import difference
+from forerun.dlrm.report import Report
 from forerun.dlrm.torchrec import DLRMPlanner
 from forerun.dlrm.torchrec_enumerator import FastEnumerator
 

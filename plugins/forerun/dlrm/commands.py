@@ -47,7 +47,8 @@ def plan(
 ) -> None:
     """Plan from files alone: no model, no GPU, no memory for the tables."""
     try:
-        from forerun.dlrm.report import Report, difference
+        from forerun.dlrm.diff import difference
+        from forerun.dlrm.report import Report
         from forerun.dlrm.torchrec_files import FilePlanning, NoPlan
     except ImportError as error:
         raise _failed("plan", _install(error)) from error

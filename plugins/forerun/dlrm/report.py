@@ -1,4 +1,4 @@
-"""What a plan puts where, how good it is, and how it differs from another."""
+"""What a plan puts where, and how good it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-__all__ = ["Difference", "Report", "Sharding", "difference"]
+__all__ = ["Report", "Sharding"]
 
 _LISTED = 8  # tables named in a cell or drawn in a colour of their own
 _GB = 1024**3
@@ -26,6 +26,7 @@ class Sharding:
     sharding_type: str
     compute_kernel: str
     ranks: tuple[int, ...]  # of each shard
+    parts: tuple[tuple[int, ...], ...]  # of the table that each shard is: first row, first column, rows, columns
     cost: tuple[float, ...]  # ms of each shard
     memory: tuple[tuple[int, ...], ...]  # bytes of each shard, in each tier
 
@@ -154,7 +155,15 @@ class Report:
         try:
             fields: dict[str, Any] = json.loads(Path(path).read_text())
             tables = tuple(
-                Sharding(**{**t, "ranks": tuple(t["ranks"]), "cost": tuple(t["cost"]), "memory": _pairs(t["memory"])})
+                Sharding(
+                    t["table"],
+                    t["sharding_type"],
+                    t["compute_kernel"],
+                    tuple(t["ranks"]),
+                    _pairs(t["parts"]),
+                    tuple(t["cost"]),
+                    _pairs(t["memory"]),
+                )
                 for t in fields["tables"]
             )
             capacity = _pairs(fields["capacity"])
@@ -164,57 +173,6 @@ class Report:
 
     def _on(self, rank: int) -> list[tuple[str, float]]:
         return [(t.table, cost) for t in self.tables for r, cost in zip(t.ranks, t.cost, strict=True) if r == rank]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What changes from one plan to another."""
-
-    rating: tuple[float, float]  # before, after (ms)
-    changed: tuple[tuple[Sharding | None, Sharding | None], ...]  # tables sharded or placed otherwise; None: not there
-    bytes_moved: int  # of shards that lie on a rank where they did not; a table sharded otherwise counts whole
-
-    def explain(self) -> RenderableType:
-        """A summary and a row per changed table, for `rich.print`."""
-        before, after = self.rating
-        text = (
-            f"rating {before:.4f} -> {after:.4f} ms; {len(self.changed)} tables change, {self.bytes_moved / _GB:.2f} GB"
-        )
-        rows = Table("table", "before", "after")
-        for old, new in self.changed:
-            rows.add_row(named.table if (named := new or old) else "", _text(old), _text(new))
-        return Group(text, rows)
-
-
-def difference(before: Report, after: Report) -> Difference:
-    """What changes from one report's plan to another's."""
-    old, new = ({t.table: t for t in report.tables} for report in (before, after))
-    changed, moved = [], 0
-    for name in dict.fromkeys((*old, *new)):
-        a, b = old.get(name), new.get(name)
-        if _placed(a) == _placed(b):
-            continue
-        changed.append((a, b))
-        if b is not None:
-            alike = a is not None and _placed(a)[:3] == _placed(b)[:3]
-            stays = [
-                alike and a is not None and x == y
-                for x, y in zip(a.ranks if a and alike else b.ranks, b.ranks, strict=True)
-            ]
-            moved += sum(sum(sizes) for sizes, stay in zip(b.memory, stays, strict=True) if not stay)
-    return Difference((before.rating, after.rating), tuple(changed), moved)
-
-
-def _placed(table: Sharding | None) -> tuple[Any, ...]:
-    return () if table is None else (table.sharding_type, table.compute_kernel, len(table.ranks), table.ranks)
-
-
-def _text(table: Sharding | None) -> str:
-    if table is None:
-        return "-"
-    ranks = sorted(set(table.ranks))
-    where = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > _LISTED else f"rank {', '.join(map(str, ranks))}"
-    return f"{table.sharding_type}, {table.compute_kernel}, {where}"
 
 
 def _per_rank(tables: Iterable[Sharding], ranks: int) -> list[float]:

@@ -190,7 +190,7 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         return self._last.options
 
     def rate(self, plan: Any) -> Report:
-        """What another `ShardingPlan` of the same module costs on the same ranks, for `forerun.dlrm.report.difference`.
+        """What another `ShardingPlan` of the same module costs on the same ranks, for `forerun.dlrm.diff.difference`.
 
         Its rating is the largest sum of costs of a rank.
 

@@ -176,6 +176,7 @@ def sharding_of(option: Any, cost: Callable[[Any], float]) -> Sharding:
         option.sharding_type,
         option.compute_kernel,
         tuple(shard.rank for shard in option.shards),
+        tuple((*shard.offset, *shard.size) for shard in option.shards),
         tuple(chain.from_iterable([run.cost] * run.shards for run in runs)),
         tuple(chain.from_iterable([run.memory] * run.shards for run in runs)),
     )
