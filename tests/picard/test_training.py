@@ -16,12 +16,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comparison import assert_same_image, sample
+from consistency_models import as_found
+from peft import LoraConfig, inject_adapter_in_model
 from sequences import Net
 from training_program import CHOICES, SHAPE, run, source
 from typer.testing import CliRunner
 
 from forerun import cli
-from forerun.picard.consistency import Consistency
+from forerun.picard.consistency import Base, Consistency
 from forerun.picard.denoiser import Asked
 from forerun.picard.diffusers import PicardScheduler, parallel
 from forerun.picard.diffusers_training import LoopSource, PipelineSource
@@ -178,12 +180,13 @@ def test_it_learns_and_leaves_the_model_as_it_was(tmp_path, choices, most):
     unet = diffusers.UNet2DModel.from_pretrained(_UNET).eval()
     origin = LoopSource(unet, diffusers.DDIMScheduler(clip_sample=False), (1, 8, 8))
     before = {name: value.clone() for name, value in origin.module.state_dict().items()}
+    found = as_found(unet)
     told = []
     training = Training(**{**CHOICES, "turns": 12, "measure_every": 6, "batch": 48, "ema": 0.9, **choices})
     pcm = train(origin, tmp_path, training, progress=lambda turn, loss, measured: told.append((turn, measured)))
     assert [turn for turn, measured in told if measured] == [6, 12]
     assert told[-1][1]["error"] < most * told[-1][1]["base_error"]
-    assert not any(layer._forward_hooks for layer in origin.module.modules())
+    assert as_found(unet) == found
     assert all(parameter.requires_grad for parameter in origin.module.parameters())
     assert all(torch.equal(value, before[name]) for name, value in origin.module.state_dict().items())
     lora, model = ["pytorch_lora_weights.safetensors"], ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -248,9 +251,10 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
         run(tmp_path, 2)
     monkeypatch.undo()
     origin = source()
+    found = as_found(origin.module)
     with pytest.raises(ValueError, match="of another training"):
         train(origin, tmp_path, Training(**{**CHOICES, "turns": 4}))
-    assert not any(layer._forward_hooks for layer in origin.module.modules())
+    assert as_found(origin.module) == found
     assert all(parameter.requires_grad for parameter in origin.module.parameters())
     other = LoopSource(Net(), diffusers.DDIMScheduler(num_train_timesteps=100, beta_end=0.01), SHAPE)
     with pytest.raises(ValueError, match="of another training"):
@@ -295,6 +299,41 @@ def test_bf16_and_gradient_checkpointing(tmp_path):
     assert all(torch.isfinite(up).all() for _, up in pcm.change.layers.values())
     assert any(bool(up.any()) for _, up in pcm.change.layers.values())
     assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base(tmp_path, dtype, full):
+    """It computes as it does, what is trained is kept in single precision."""
+    model = Net().to(dtype)
+    origin = LoopSource(model, diffusers.DDIMScheduler(num_train_timesteps=100, clip_sample=False), SHAPE)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    pcm = train(origin, tmp_path, Training(**{**CHOICES, "turns": 2, "full": full}))
+    values = pcm.change.values if full else {name: up for name, (_, up) in pcm.change.layers.items()}
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    changed = [name for name, value in values.items() if not torch.equal(value, before.get(name, 0 * value).float())]
+    assert len(changed) == len(values)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    ours = parallel(model, origin._base, pcm=tmp_path, switch="hard", check_cost=False)
+    origin._sample(ours, 6, [5])
+    assert ours.report.guided_rounds >= 1
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_stands_around_the_bases_layers_is_not_trained(tmp_path, full):
+    """A LoRA of the user's own, and torch.compile's wrapper: the result is of the base model's layers."""
+    names = {name for name, _ in Net().named_parameters()}
+    model = Net()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["first", "time"], init_lora_weights=False), model)
+    wrapped = torch.compile(model, backend="eager")
+    origin = LoopSource(wrapped, diffusers.DDIMScheduler(num_train_timesteps=100, clip_sample=False), SHAPE)
+    pcm = train(origin, tmp_path, Training(**{**CHOICES, "turns": 1, "full": full}))
+    loaded = Consistency.load(tmp_path)
+    assert loaded.card.base.same(Base.of(Net(), "plain"))
+    trained = set(loaded.change.values) if full else {f"{name}.weight" for name in loaded.change.layers}
+    assert trained == (names if full else {name for name in names if name.endswith("weight")})
+    loaded.change.on(model)
+    assert pcm.card == loaded.card
 
 
 def test_a_cache_is_kept_apart_by_what_is_sampled(tmp_path):

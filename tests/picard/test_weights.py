@@ -6,10 +6,12 @@ import diffusers
 import pipelines as made
 import pytest
 import torch
+from accelerate import cpu_offload
 from comparison import assert_same_image, sample
-from consistency_models import consistency, random_lora
+from consistency_models import consistency, random_lora, tuned
 from peft import LoraConfig
 from test_lora import _ask
+from torch import nn
 
 from forerun.picard.consistency import Consistency
 from forerun.picard.diffusers import PicardScheduler
@@ -22,24 +24,14 @@ def unet():
     return made.unet()
 
 
-def _tuned(unet, size=0.3):
-    generator = torch.Generator().manual_seed(5)
-    values = {
-        name: value.detach()
-        + size * value.detach().std().nan_to_num(1.0) * torch.randn(value.shape, generator=generator)
-        for name, value in unet.named_parameters()
-    }
-    return Weights(values, unet.to_json_string())
-
-
 def test_every_row_is_blended_by_its_own_weight(unet):
-    tuned, plain = _tuned(unet), _ask(unet)
+    fine_tuned, plain = tuned(unet), _ask(unet)
     torch.manual_seed(0)
     other = made.unet()
-    other.load_state_dict(tuned.values)
+    other.load_state_dict(fine_tuned.values)
     theirs = _ask(other)
     before = dict(unet.named_parameters())
-    ours, cpu = tuned.on(unet), torch.device("cpu")
+    ours, cpu = fine_tuned.on(unet), torch.device("cpu")
     assert torch.equal(ours.answer(lambda: _ask(unet), torch.ones(3), cpu), theirs)
     rows = ours.answer(lambda: _ask(unet), torch.tensor([1.0, 0.25, 0.0]), cpu)
     assert torch.allclose(rows[0], theirs[0], atol=1e-6)
@@ -47,17 +39,16 @@ def test_every_row_is_blended_by_its_own_weight(unet):
     assert torch.equal(rows[2], plain[2])
     with pytest.raises(RuntimeError, match="in the middle"), ours.replaced():
         raise RuntimeError("in the middle")
-    ours.remove()
     assert all(value is before[name] for name, value in unet.named_parameters())
     assert torch.equal(_ask(unet), plain)
 
 
 def test_a_users_own_lora_stays_on_both(unet):
-    tuned = _tuned(unet)
+    fine_tuned = tuned(unet)
     torch.manual_seed(0)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     styled = _ask(unet)
-    ours = tuned.on(unet)
+    ours = fine_tuned.on(unet)
     answered = ours.answer(lambda: _ask(unet), torch.ones(3), torch.device("cpu"))
     assert torch.equal(_ask(unet), styled)
     unet.disable_adapters()
@@ -66,7 +57,7 @@ def test_a_users_own_lora_stays_on_both(unet):
 
 
 def test_another_models_is_refused(unet):
-    values = _tuned(unet).values
+    values = tuned(unet).values
     name, value = next(iter(values.items()))
     for wrong, message in (
         ({**values, "nowhere.at.all": value}, "no parameter nowhere.at.all"),
@@ -76,8 +67,62 @@ def test_another_models_is_refused(unet):
             Weights(wrong).on(unet)
 
 
+def test_it_follows_the_model_to_another_device_and_precision(unet):
+    fine_tuned = tuned(unet)
+    ours = fine_tuned.on(unet)
+
+    def answered():
+        with ours.replaced():
+            return dict(unet.named_parameters())
+
+    assert all(torch.equal(value, fine_tuned.values[name]) for name, value in answered().items())
+    unet.to(torch.bfloat16)
+    assert {value.dtype for value in answered().values()} == {torch.bfloat16}
+    unet.float()
+    assert all(torch.equal(value, fine_tuned.values[name]) for name, value in answered().items())  # nothing rounded
+    moved = answered()
+    assert all(value is moved[name] for name, value in answered().items())  # moved once
+
+
+class _Tied(nn.Module):
+    """A layer under two names, and another that shares its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+        self.other = nn.Linear(4, 4)
+        self.other.weight = self.first.weight
+
+    def forward(self, sample):
+        return self.other(self.again(self.first(sample)))
+
+
+@pytest.mark.parametrize("name", ["first.weight", "again.weight", "other.weight"])
+def test_a_parameter_in_several_places_is_exchanged_in_all(name):
+    module = _Tied()
+    own, given = module.first.weight, torch.ones(2, 4)
+    expected = _Tied()
+    expected.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        expected.first.weight.mul_(3.0)
+    ours = Weights({name: own.detach() * 3.0}).on(module)
+    answered = ours.answer(lambda: module(given), torch.ones(2), torch.device("cpu"))
+    assert torch.equal(answered, expected(given))
+    assert module.first.weight is module.other.weight is own
+
+
+def test_offloading_layer_by_layer_is_refused(unet):
+    fine_tuned, before = tuned(unet), _ask(unet)
+    ours = fine_tuned.on(unet)
+    cpu_offload(unet, torch.device("cpu"))  # as pipe.enable_sequential_cpu_offload() does it
+    with pytest.raises(ValueError, match=r"is on no device between the model's calls.*enable_model_cpu_offload"):
+        ours.answer(lambda: _ask(unet), torch.ones(3), torch.device("cpu"))
+    assert torch.equal(_ask(unet), before)
+
+
 def test_files_that_diffusers_loads(unet, tmp_path):
-    pcm = consistency(unet, _tuned(unet), rank=None)
+    pcm = consistency(unet, tuned(unet), rank=None)
     pcm.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
@@ -104,7 +149,7 @@ def test_a_folder_with_somebodys_model_keeps_it(unet, tmp_path):
 def test_on_a_pipeline(switch, ages):
     pipe, arguments = made.stable_diffusion()
     sequential = sample(pipe, arguments)
-    pcm = consistency(pipe.unet, _tuned(pipe.unet, 0.05), ages=ages, rank=None)
+    pcm = consistency(pipe.unet, tuned(pipe.unet, 0.05), ages=ages, rank=None)
     for options in ({}, {"max_points_per_call": 3}):
         pipe.scheduler = PicardScheduler.from_pipe(
             pipe, pcm=pcm, switch=switch, tolerance=0, check_cost=False, **options

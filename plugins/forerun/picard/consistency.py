@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from forerun.picard.change import base_name
 from forerun.picard.files import write_whole
 from forerun.picard.levels import DATA_VARIANCE
 from forerun.picard.lora import Lora
@@ -59,9 +60,7 @@ class Base:
             name: What users call it: a repository or a path.
         """
         module = getattr(module, "_orig_mod", module)
-        named = {
-            key.replace(".base_layer", ""): value for key, value in module.named_parameters() if "lora_" not in key
-        }
+        named = {base_name(key): value for key, value in module.named_parameters() if "lora_" not in key}
         layout = json.dumps([[key, list(named[key].shape)] for key in sorted(named)])
         large = sorted(named, key=lambda key: (-named[key].numel(), key))[:_SAMPLED]
         values = [value for key in large for value in _some(named[key])]

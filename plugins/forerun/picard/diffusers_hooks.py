@@ -57,7 +57,7 @@ class Binding:
                 max_points=max_points,
                 ranks=ranks,
             )
-            _release(host.unhook_forward(module, _HOOK))
+            host.unhook_forward(module, _HOOK)
             if consistency is not None and module is guided:
                 denoiser.change = consistency.change.on(module)
             host.hook_forward(module, _HOOK, denoiser)
@@ -86,9 +86,8 @@ class Binding:
 
     def undo(self) -> None:
         """Takes the hooks off."""
-        for module, denoiser in self._modules():
+        for module, _ in self._modules():
             host.unhook_forward(module, _HOOK)
-            _release(denoiser)
         self._bound.clear()
 
     def running_pipeline(self) -> Any | None:
@@ -115,9 +114,3 @@ def _guided(consistency: Consistency, modules: Sequence[nn.Module], pipe: Any) -
         )
     consistency.check(found, host.model_name(found))
     return found
-
-
-def _release(around: object) -> None:
-    """Takes a denoiser's own hooks off the layers inside."""
-    if isinstance(around, Denoiser) and around.change is not None:
-        around.change.remove()

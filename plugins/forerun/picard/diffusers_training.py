@@ -202,10 +202,11 @@ class LoopSource(_Source):
         return parallel(self.module, self._base, unbatched=tuple(self.unbatched), check_cost=False, **options)
 
     def _sample(self, scheduler: Any, steps: int, seeds: Sequence[int]) -> None:
-        device = next(self.module.parameters()).device
+        own = next(self.module.parameters())
+        device = own.device
         scheduler.set_timesteps(steps, device=device)
         start = torch.cat([torch.randn(1, *self._shape, generator=generator) for generator in _generators(seeds)])
-        sample = start.to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+        sample = start.to(device, own.dtype) * float(getattr(scheduler, "init_noise_sigma", 1.0))
         conditioning = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in self._conditioning(seeds).items()

@@ -58,7 +58,6 @@ class Trainer:
             source.checkpoint_gradients(True)
             undone.callback(source.checkpoint_gradients, False)
         self._adapted = self._adapt()
-        undone.callback(self._adapted.release)
         self._optimizer = torch.optim.Adam(self._adapted.parameters(), training.learning_rate)
         self._ema = {name: value.detach().clone() for name, value in self._adapted.named_parameters()}
         self._switch = Switch((0.0,) * training.ages, watch=False)
@@ -232,15 +231,12 @@ class Trainer:
         """`[N, ...]` of the base model, or of the change, on the CPU."""
         module, found = self._source.module, []
         device = next(module.parameters()).device
-        with contextlib.ExitStack() as stack:
-            ours = None if change is None else change.on(module)
-            if ours is not None:
-                stack.callback(ours.remove)
-            for start in range(0, len(rows), self._training.batch):
-                part = rows[torch.arange(start, min(start + self._training.batch, len(rows)))]
-                ask = partial(self._ask, module, part, finished)
-                answers: Tensor = ask() if ours is None else ours.answer(ask, torch.ones(len(part)), device)
-                found.append(answers.cpu())
+        ours = None if change is None else change.on(module)
+        for start in range(0, len(rows), self._training.batch):
+            part = rows[torch.arange(start, min(start + self._training.batch, len(rows)))]
+            ask = partial(self._ask, module, part, finished)
+            answers: Tensor = ask() if ours is None else ours.answer(ask, torch.ones(len(part)), device)
+            found.append(answers.cpu())
         return torch.cat(found)
 
     def _averaged(self) -> Lora | Weights:
