@@ -12,9 +12,11 @@ from consistency_models import consistency, random_lora, tuned
 from peft import LoraConfig
 from test_lora import _ask
 from torch import nn
+from training_program import CHOICES, source
 
 from forerun.picard.consistency import Consistency
 from forerun.picard.diffusers import PicardScheduler
+from forerun.picard.training import Training, train
 from forerun.picard.weights import Weights
 
 
@@ -139,10 +141,35 @@ def test_files_that_diffusers_loads(unet, tmp_path):
 
 def test_a_folder_with_somebodys_model_keeps_it(unet, tmp_path):
     unet.save_pretrained(tmp_path)
-    before = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
-    consistency(unet, random_lora(unet, 0.1)).save(tmp_path)
-    assert (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes() == before
-    assert (tmp_path / "config.json").is_file()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    lora, whole = consistency(unet, random_lora(unet, 0.1)), consistency(unet, tuned(unet), rank=None)
+    for _ in range(2):  # a LoRA beside it, and again
+        lora.save(tmp_path)
+        with pytest.raises(FileExistsError, match=r"holds diffusion_pytorch_model.safetensors and config.json, of no"):
+            whole.save(tmp_path)
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert Consistency.load(tmp_path).card == lora.card
+    with pytest.raises(FileExistsError, match="give another folder"):
+        train(source(), tmp_path, Training(**CHOICES, turns=1, full=True))
+
+
+def test_a_folder_with_somebodys_lora_keeps_it(unet, tmp_path):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    file.write_bytes(b"somebody's")
+    with pytest.raises(FileExistsError, match=r"holds pytorch_lora_weights.safetensors, of no"):
+        consistency(unet, random_lora(unet, 0.1)).save(tmp_path)
+    whole = consistency(unet, tuned(unet), rank=None)
+    whole.save(tmp_path)
+    assert file.read_bytes() == b"somebody's"
+    assert Consistency.load(tmp_path).card == whole.card
+
+
+def test_a_pcm_takes_the_place_of_another(unet, tmp_path):
+    lora, whole = consistency(unet, random_lora(unet, 0.1)), consistency(unet, tuned(unet), rank=None)
+    for pcm in (lora, lora, whole, whole, lora):
+        pcm.save(tmp_path)
+        assert Consistency.load(tmp_path).card == pcm.card
+        assert {path.name for path in tmp_path.iterdir()} == {"picard.json", *pcm.card.files}
 
 
 @pytest.mark.parametrize(("switch", "ages"), [("hard", 1), ("linear", 3)])

@@ -8,7 +8,6 @@ their hooks. Outside of that nothing is left on the module, and LoRAs and adapte
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,9 +109,13 @@ class _Changed(nn.Module):
         return self._forerun_change.added(given, output)
 
 
-@functools.cache
-def _changed(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Changed, kind), {})
+_CHANGED: dict[type[Any], type[Any]] = {}  # by a layer's own class
+
+
+def _changed(kind: type[Any]) -> type[Any]:
+    if kind not in _CHANGED:
+        _CHANGED[kind] = type(kind.__name__, (_Changed, kind), {})
+    return _CHANGED[kind]
 
 
 class _Change:
@@ -127,16 +130,16 @@ class _Change:
         shape = (up.shape[0], *down.shape[1:])
         if shape != layer.weight.shape:
             raise ValueError(f"the LoRA's change of {name} is {list(shape)}, the layer is {list(layer.weight.shape)}")
-        self._name, self._layer = name, layer
-        self._kind: type[nn.Module] = type(layer)
+        self._name = name
+        self._layer: Any = layer
+        self._kind: type[Any] = type(layer)
         self._down, self._up, self._scale = down, up, scale
         self._placed = down, up
         self._rows: _Rows | None = None
 
     def begin(self, rows: _Rows, device: torch.device) -> None:
         """From now on the layer answers with the change at some rows."""
-        layer: Any = self._layer
-        dtype = layer.weight.dtype
+        layer, dtype = self._layer, self._layer.weight.dtype
         # In training they change; else they are moved once, and again when the layer has moved since.
         if not self._down.requires_grad and (self._placed[0].device, self._placed[0].dtype) != (device, dtype):
             self._placed = self._down.to(device, dtype), self._up.to(device, dtype)
