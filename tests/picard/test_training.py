@@ -14,7 +14,7 @@ import dit_pipelines as dits
 import pipelines as made
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from comparison import assert_same_image, sample
 from consistency_models import as_found
 from peft import LoraConfig, inject_adapter_in_model
@@ -29,6 +29,7 @@ from forerun.picard.diffusers import PicardScheduler, parallel
 from forerun.picard.diffusers_training import LoopSource, PipelineSource
 from forerun.picard.objective import rows_of
 from forerun.picard.sweep_objective import SweepObjective
+from forerun.picard.trainer import _accelerator
 from forerun.picard.training import Training, train
 from forerun.picard.trajectories import Trajectory, cached
 
@@ -218,8 +219,30 @@ def test_killed_it_goes_on_to_the_same_result(tmp_path):
 
 
 def test_two_processes_train_one_model(tmp_path):
-    """As `accelerate launch` starts them: each on noise of its own, the same weights on both, one result."""
-    program = [sys.executable, str(Path(__file__).with_name("training_program.py")), str(tmp_path), "4"]
+    """As `accelerate launch` starts them: each on noise of its own, the same weights on both, one result and cache."""
+    cache = tmp_path / "cache"
+    first = _two_processes(tmp_path / "first", cache)
+    assert first[0][:-1] != first[1][:-1]  # noise of its own
+    assert first[0][-1] == first[1][-1]  # digest of the weights
+    (kept,) = cache.iterdir()
+    made = {path: path.stat().st_mtime_ns for path in kept.glob("*/*")}
+    # Four turns of each process, and what is held out, which both have.
+    assert len([path for path in made if path.name == "complete"]) == 2 * 4 + 1
+    assert not [path for path in made if path.name.endswith("unfinished")]
+    assert all(Trajectory.load(path).inputs.shape == (6, 4, *SHAPE) for path in made if path.suffix == ".safetensors")
+    assert _two_processes(tmp_path / "again", cache) == first
+    assert {path: path.stat().st_mtime_ns for path in kept.glob("*/*")} == made  # taken from there
+    alone = run(tmp_path / "alone", 4)
+    assert Consistency.load(tmp_path / "first").card.base == alone.card.base
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [
+        "picard.json",
+        "pytorch_lora_weights.safetensors",
+    ]
+
+
+def _two_processes(out, cache):
+    """The lines that each of them prints."""
+    program = [sys.executable, str(Path(__file__).with_name("training_program.py")), str(out), "4", str(cache)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -234,15 +257,7 @@ def test_two_processes_train_one_model(tmp_path):
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0, 0]
-    losses = [[line for line in lines if line[0].isdigit()] for lines in told]
-    assert losses[0] != losses[1]  # noise of its own
-    assert told[0][-1] == told[1][-1]  # digest of the weights
-    alone = run(tmp_path / "alone", 4)
-    assert Consistency.load(tmp_path).card.base == alone.card.base
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "picard.json",
-        "pytorch_lora_weights.safetensors",
-    ]
+    return told
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
@@ -378,6 +393,21 @@ def test_the_command(tmp_path, command):
     assert "rounds on noise not trained on" in result.stdout
     card = json.loads((tmp_path / "pcm" / "picard.json").read_text())
     assert (card["steps"], card["rank"], card["base"]["name"]) == (5, 2, str(tmp_path / "pipe" / "unet"))
+
+
+def test_accelerate_knows_the_device_before_a_pipeline_is_loaded(tmp_path, command):
+    """Of several processes each has its own; one that loaded before that would take the first one's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert command("--pipeline", tmp_path / "nowhere").exit_code == 1
+    assert PartialState._shared_state["device"] == torch.device("cpu")
+
+
+def test_a_model_on_another_process_device_is_refused():
+    """Two processes, of which this one trains on the CPU, and a model that is elsewhere."""
+    PartialState(cpu=True)
+    PartialState._shared_state["num_processes"] = 2
+    with pytest.raises(ValueError, match=r"the model is on meta, and process 0 of 2 trains on cpu"):
+        _accelerator(Training(), torch.device("meta"))
 
 
 @pytest.mark.parametrize(

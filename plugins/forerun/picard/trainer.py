@@ -41,11 +41,7 @@ class Trainer:
     def __init__(
         self, source: Source, out: Path, training: Training, cache: Path | None, undone: contextlib.ExitStack
     ) -> None:
-        from accelerate import Accelerator
-
-        self.accelerator = Accelerator(
-            mixed_precision=training.mixed_precision, cpu=next(source.module.parameters()).device.type == "cpu"
-        )
+        self.accelerator = _accelerator(training, next(source.module.parameters()).device)
         self._source, self._out, self._training = source, out, training
         self._fingerprint = source.fingerprint()
         self._cache = None if cache is None else cache / self._fingerprint
@@ -248,6 +244,24 @@ class Trainer:
 
     def _held_out_seeds(self) -> list[int]:
         return list(range(_HELD_OUT, _HELD_OUT + self._training.held_out))
+
+
+def _accelerator(training: Training, device: torch.device) -> Any:
+    """accelerate's, for a model on a device.
+
+    Raises:
+        ValueError: It is not this process's device.
+    """
+    from accelerate import Accelerator
+
+    made = Accelerator(mixed_precision=training.mixed_precision, cpu=device.type == "cpu")
+    indices = {device.index, made.device.index} - {None}  # the CPU has one to some, none to others
+    if made.num_processes > 1 and (device.type != made.device.type or len(indices) > 1):
+        raise ValueError(
+            f"the model is on {device}, and process {made.process_index} of {made.num_processes} trains on "
+            f"{made.device}: load it after accelerate.PartialState(), onto its device"
+        )
+    return made
 
 
 def _best_switch(base: Tensor, pcm: Tensor, levels: NoiseLevels) -> Switch:
