@@ -28,8 +28,7 @@ def tuned(module: nn.Module, size: float = 0.3) -> Weights:
     """All parameters, each changed at random by `size` times its spread."""
     generator = torch.Generator().manual_seed(5)
     values = {
-        name: value.detach()
-        + size * value.detach().std().nan_to_num(1.0) * torch.randn(value.shape, generator=generator)
+        name: value.detach() + size * value.detach().std(correction=0) * torch.randn(value.shape, generator=generator)
         for name, value in module.named_parameters()
     }
     return Weights(values, module.to_json_string())

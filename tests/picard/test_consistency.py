@@ -10,10 +10,11 @@ import pipelines as made
 import pytest
 import torch
 from comparison import assert_same_image, counted_calls, sample
-from consistency_models import as_found, consistency, random_lora
+from consistency_models import as_found, consistency, random_lora, tuned
 
 from forerun.picard.consistency import Base, Consistency
 from forerun.picard.diffusers import PicardScheduler, parallel
+from forerun.picard.levels import DATA_VARIANCE
 from forerun.picard.switch import Switch
 
 _DIGITS = Path(__file__).parents[2] / "examples" / "assets" / "digits"
@@ -261,15 +262,66 @@ def test_a_few_sweeps_and_no_more_are_called_approximate(unet):
 
 
 def test_it_brings_the_data_variance_that_it_was_trained_under(unet):
+    """And takes it along: from a scheduler to the next, only what the user chose stays."""
     base = diffusers.DDIMScheduler(clip_sample=False)
     pcm = consistency(unet, random_lora(unet, 0.01), data_variance=0.05)
     sequential = _sample(unet, base, 3, 20)
-    for given, expected in (({}, 0.05), ({"data_variance": 0.5}, 0.5)):
-        guided = parallel(unet, base, pcm=pcm, check_cost=False, **given)
-        result = _sample(unet, guided, 3, 20)
-        guided.detach()
-        assert guided.options.data_variance == expected
+
+    def residuals(scheduler):
+        result = _sample(unet, scheduler, 3, 20)
         assert float((result - sequential).norm() / sequential.norm()) <= 1e-3
+        return scheduler.report.residuals
+
+    def made(of, **options):
+        return parallel(unet, of, check_cost=False, **options)
+
+    default, own, chosen = (
+        residuals(made(base, pcm=pcm, data_variance=variance)) for variance in (DATA_VARIANCE, 0.05, 0.5)
+    )
+    without = residuals(made(base, data_variance=DATA_VARIANCE))
+    assert len({default, own, chosen, without}) == 4
+    assert residuals(made(base, pcm=pcm)) == own
+    plain = made(base)
+    assert residuals(made(plain, pcm=pcm)) == own
+    guided = made(base, pcm=pcm)
+    assert residuals(made(guided)) == without
+    assert residuals(made(type(guided).from_config(guided.config))) == without
+    mine = made(made(base, data_variance=0.5), pcm=pcm)
+    assert residuals(mine) == chosen
+    mine.detach()
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "whole"])
+def test_what_is_measured_of_the_cost_is_the_base_models(unet, kind):
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    change = random_lora(unet, 0.01) if kind == "LoRA" else tuned(unet, 0.0)
+    pcm = consistency(unet, change, ages=2, rank=4 if kind == "LoRA" else None)
+    plain = parallel(unet, base, auto=True)
+    _sample(unet, plain, 0)
+    guided = parallel(unet, base, pcm=pcm, switch="hard", auto=True)
+    changed = type(guided._picard_binding._bound[0][1].change)
+    sweeps, measured, answer = [], [], changed.answer
+
+    class Watched(dict):
+        def __setitem__(self, key, cost):
+            measured.append((len(sweeps), cost.points))
+            super().__setitem__(key, cost)
+
+    def counted(*arguments):
+        sweeps.append(1)
+        return answer(*arguments)
+
+    guided._picard_memory.cost = Watched()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changed, "answer", counted)
+        _sample(unet, guided, 0)
+    assert len(sweeps) == 2  # no call with the PCM is made to be timed
+    ((after, points),) = measured
+    assert after == 2  # the PCM had answered for the last time
+    assert 25 <= points < 50
+    assert guided.report.cost["points"] == points
+    assert plain.report.cost["points"] == 49
+    guided.detach()
 
 
 def test_a_switch_of_ones_own(unet):
