@@ -9,6 +9,7 @@ import diffusers
 import pipelines as made
 import pytest
 import torch
+from accelerate import cpu_offload
 from comparison import assert_same_image, counted_calls, sample
 from consistency_models import as_found, consistency, random_lora, tuned
 
@@ -139,6 +140,19 @@ def test_on_a_pipeline():
     pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=pcm).detach()
     assert as_found(pipe.unet) == before
     assert torch.equal(sample(pipe, arguments), sequential)
+
+
+def test_offloading_layer_by_layer():
+    """A LoRA put on before works as without; after, the base model cannot be looked at, and that is said."""
+    pipe, arguments = made.stable_diffusion()
+    sequential = sample(pipe, arguments)
+    pcm = consistency(pipe.unet, random_lora(pipe.unet, 0.1), ages=2)
+    pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=pcm, switch="hard", tolerance=0, check_cost=False)
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    assert_same_image(sample(pipe, arguments), sequential)
+    assert pipe.scheduler.report.guided_rounds == 2
+    with pytest.raises(ValueError, match=r"holds no weights between its calls.*before enable_sequential_cpu_offload"):
+        PicardScheduler.from_pipe(pipe, pcm=pcm)
 
 
 def test_another_scheduler_is_warned_about():

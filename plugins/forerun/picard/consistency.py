@@ -202,7 +202,12 @@ class Consistency:
             (folder / name).unlink(missing_ok=True)
 
     def check(self, module: nn.Module, name: str) -> None:
-        """Raises ValueError unless `module` is the base that it was trained from."""
+        """Raises ValueError unless `module` is the base that it was trained from, and can be looked at."""
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} holds no weights between its calls, as under sequential offloading, and a Picard Consistency "
+                "Model is compared with them: call from_pipe(pcm=…) before enable_sequential_cpu_offload()"
+            )
         found = Base.of(module, name)
         if not self.card.base.same(found):
             alike = ", the same architecture with other weights" if found.layout == self.card.base.layout else ""

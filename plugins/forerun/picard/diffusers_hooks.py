@@ -72,9 +72,9 @@ class Binding:
         return bool(self._bound)
 
     def begin_run(self) -> None:
-        """Before a loop: puts back hooks that offloading has displaced, forgets the last run's calls."""
+        """Before a loop: puts back hooks that offloading, or another pipeline's scheduler, has displaced."""
         for module, denoiser in self._modules():
-            if not host.is_hooked_last(module, _HOOK):
+            if not host.is_hooked_last(module, _HOOK, denoiser):
                 host.unhook_forward(module, _HOOK)
                 host.hook_forward(module, _HOOK, denoiser)
             denoiser.begin_run()
@@ -86,8 +86,9 @@ class Binding:
 
     def undo(self) -> None:
         """Takes the hooks off."""
-        for module, _ in self._modules():
-            host.unhook_forward(module, _HOOK)
+        for module, denoiser in self._modules():
+            if host.is_hooked(module, _HOOK, denoiser):  # not where another scheduler's has taken its place
+                host.unhook_forward(module, _HOOK)
         self._bound.clear()
 
     def running_pipeline(self) -> Any | None:
