@@ -31,7 +31,7 @@ def tuned(module: nn.Module, size: float = 0.3) -> Weights:
         name: value.detach() + size * value.detach().std(correction=0) * torch.randn(value.shape, generator=generator)
         for name, value in module.named_parameters()
     }
-    return Weights(values, module.to_json_string())
+    return Weights(values, module.to_json_string() if hasattr(module, "to_json_string") else "")
 
 
 def as_found(module: nn.Module) -> list[object]:

@@ -87,6 +87,15 @@ def test_trajectories_on_disk(tmp_path):
         cached(tmp_path / "a", make)
 
 
+def test_arguments_that_share_memory_are_kept(tmp_path):
+    shared = torch.randn(2, 5)
+    others = {"one": shared, "same": shared, "part": shared[:1]}
+    trajectory = Trajectory(torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.arange(3), others)
+    trajectory.save(tmp_path / "it.safetensors")
+    loaded = Trajectory.load(tmp_path / "it.safetensors").others
+    assert all(torch.equal(loaded[name], others[name]) for name in others)
+
+
 def test_targets_are_the_finished_answers_carried_back_along_the_slope():
     finished, slope = _trajectory(), torch.tensor([0.5, 2.0, -1.0])
     given = torch.randn(2, 2, 2, 4)  # two rows at two points
@@ -355,6 +364,9 @@ def test_a_cache_is_kept_apart_by_what_is_sampled(tmp_path):
     pipe, arguments = made.stable_diffusion()
     prompts = [PipelineSource(pipe, **{**arguments, "prompt": prompt}).fingerprint() for prompt in ("a", "b", "a")]
     assert prompts[0] == prompts[2] != prompts[1]
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    styled = PipelineSource(pipe, **{**arguments, "prompt": "a"}).fingerprint()
+    assert styled not in prompts
     for _ in range(2):
         run(tmp_path / "out", 1, cache=tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [source().fingerprint()]
@@ -372,7 +384,14 @@ def test_what_cannot_be_trained(tmp_path):
     model, base = Net(), diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match="in parallel already"):
         LoopSource(model, parallel(model, base), SHAPE)
-    for choice in ({"steps": 0}, {"rank": 1.5}, {"ema": 1.0}):
+    for choice in (
+        {"steps": 0},
+        {"rank": 1.5},
+        {"ema": 1.0},
+        {"pool": 0},
+        {"learning_rate": 0.0},
+        {"data_variance": -1.0},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(choice))} is"):
             Training(**choice)
 
