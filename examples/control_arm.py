@@ -5,7 +5,8 @@
 Every sampler runs the same episodes of gymnasium's Reacher-v5 (MuJoCo) from the same noise. Prints a table: success,
 return, rounds and latency of an action chunk, and the largest difference to the chunk that stock DDIM makes of the same
 observation and noise. A Picard Consistency Model (PCM) takes part where one was trained for the steps. Approximate rows
-end after two rounds, wherever their trajectory is then. Needs gymnasium and mujoco, no display.
+end after two rounds, wherever their trajectory is then; "slope only" is a PCM that changes nothing. Needs gymnasium and
+mujoco, no display.
 
 The policy's actions are the joints' speeds, which a servo holds at every control step: between two looks at the arm, a
 policy that gave torques would have its small errors summed twice.
@@ -21,7 +22,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from forerun.picard.consistency import Base, Consistency
 from forerun.picard.diffusers import parallel
+from forerun.picard.lora import Lora
 
 ASSETS = Path(__file__).parent / "assets" / "arm"
 PCMS = {15: ASSETS / "pcm", 100: ASSETS / "pcm-100"}  # by the steps that each is for; train_arm_pcm.py makes them
@@ -106,9 +108,21 @@ def ways(pcm: Consistency | None) -> dict[str, dict[str, Any]]:
         "default + PCM": {"pcm": pcm},
         "default, data_variance fitted": {"data_variance": DATA_VARIANCE},
         "approximate: plain": plain | early,
+        "approximate: plain, slope only": plain | early | {"pcm": pcm and slope_only(pcm)},
         "approximate: plain + PCM": plain | early | {"pcm": pcm},
+        "approximate: default": early,
+        "approximate: default + PCM": early | {"pcm": pcm},
     }
     return {name: options for name, options in found.items() if pcm is not None or "pcm" not in options}
+
+
+def slope_only(pcm: Consistency) -> Consistency:
+    """The PCM with a LoRA that changes nothing: its sweeps carry the policy's own answers along the same slope.
+
+    What a sampler with it gains is not the training's.
+    """
+    assert isinstance(pcm.change, Lora)
+    return replace(pcm, change=replace(pcm.change, scale=0.0))
 
 
 def samplers(policy: ActionUNet, pcm: Consistency | None) -> Iterable[Sampler]:

@@ -28,6 +28,7 @@ __all__ = [
     "component_name",
     "forward_signature",
     "hook_forward",
+    "is_hooked",
     "is_hooked_last",
     "load_pipeline",
     "load_scheduler_config",
@@ -162,11 +163,11 @@ def hook_forward(module: nn.Module, name: str, around: Callable[..., Any]) -> No
     Raises:
         RuntimeError: A hook of that name is there already.
     """
-    if is_hooked_last(module, name) or _hook(module, name) is not None:
+    compiled = vars(module).get("_compiled_call_impl")
+    if (isinstance(compiled, _AroundCompiled) and compiled.name == name) or _hook(module, name) is not None:
         raise RuntimeError(
             f"{type(module).__name__} is hooked by {name!r} already: detach the scheduler that did it first"
         )
-    compiled = vars(module).get("_compiled_call_impl")
     if compiled is not None:
         module._compiled_call_impl = _AroundCompiled(name, compiled, around)
         return
@@ -175,13 +176,20 @@ def hook_forward(module: nn.Module, name: str, around: Callable[..., Any]) -> No
     hook.left = vars(module)["forward"]
 
 
-def is_hooked_last(module: nn.Module, name: str) -> bool:
-    """Whether the hook of that name is there and nothing was put before it, or back in its place, since."""
+def is_hooked(module: nn.Module, name: str, around: Callable[..., Any]) -> bool:
+    """Whether `hook_forward` has put that `around` there, under that name."""
+    compiled = vars(module).get("_compiled_call_impl")
+    hook = compiled if isinstance(compiled, _AroundCompiled) and compiled.name == name else _hook(module, name)
+    return hook is not None and hook.around is around
+
+
+def is_hooked_last(module: nn.Module, name: str, around: Callable[..., Any]) -> bool:
+    """Whether `is_hooked`, and nothing was put before the hook, or back in its place, since."""
     compiled = vars(module).get("_compiled_call_impl")
     if compiled is not None:
-        return isinstance(compiled, _AroundCompiled) and compiled.name == name
+        return isinstance(compiled, _AroundCompiled) and compiled.name == name and compiled.around is around
     hook = _hook(module, name)
-    return hook is not None and vars(module).get("forward") is hook.left
+    return hook is not None and hook.around is around and vars(module).get("forward") is hook.left
 
 
 def unhook_forward(module: nn.Module, name: str) -> Callable[..., Any] | None:

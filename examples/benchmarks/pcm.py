@@ -4,7 +4,7 @@ Each way to sample with a PCM stands beside the same one without, and beside one
 only"). Three parts: "rounds" runs every way until it has converged, "quality" looks at the sample after 1, 2, 3, …
 sweeps, whatever it is then, "control" drives the arm (on the CPU whatever the device). Writes
 `results/pcm.json` (`pcm-cuda.json` with `--device cuda`) and a picture beside it. Parts and cases that are not named
-keep what an earlier run wrote.
+keep what an earlier run wrote; the file says of each which run that was.
 
     python examples/benchmarks/pcm.py [--parts rounds,quality,control] [--cases digits-50,arm-15] [--seeds 32]
 
@@ -38,22 +38,27 @@ Cell = tuple[str, int]  # a case's name and N
 
 
 class Results(NamedTuple):
-    """What has been measured, in this run and in those before."""
+    """What has been measured, in this run and in those before.
+
+    `runs` says of each part and case ("rounds digits-50", "control") where it was measured: hardware, versions, command
+    and commit.
+    """
 
     rounds: list[pcm_rounds.Row]
     quality: list[pcm_quality.Row]
     control: list[dict[str, Any]]  # rows of examples/control_arm.py
     classifier: dict[str, float]  # that the Fréchet distance takes features of
+    runs: dict[str, dict[str, Any]]
 
     @classmethod
     def before(cls, path: Path) -> Results:
         """An earlier run's; empty where there was none."""
         if not path.is_file():
-            return cls([], [], [], {})
+            return cls([], [], [], {}, {})
         found = json.loads(path.read_text())
         rounds = [pcm_rounds.Row(**row) for row in found["measured"]]
         quality = [pcm_quality.Row(**row) for row in found["quality"]]
-        return cls(rounds, quality, found["control"], found["classifier"])
+        return cls(rounds, quality, found["control"], found["classifier"], found["runs"])
 
     def without(self, parts: list[str], cells: dict[str, list[Cell]]) -> Results:
         """What stays when these parts are measured again."""
@@ -63,10 +68,11 @@ class Results(NamedTuple):
             control=[] if "control" in parts else self.control,
         )
 
-    def as_json(self, device: torch.device, command: str) -> str:
-        """The file's text: comparisons, then every row."""
+    def as_json(self, run: dict[str, Any]) -> str:
+        """The file's text: the last run, where each part comes from, comparisons, then every row."""
         content = {
-            **provenance(device, ("torch", "diffusers", "scikit-learn"), command),
+            **run,
+            "runs": dict(sorted(self.runs.items())),
             "rows": [*pcm_rounds.compared(self.rounds), *pcm_quality.compared(self.quality)],
             "measured": [row._asdict() for row in self.rounds],
             "quality": [row._asdict() for row in self.quality],
@@ -129,6 +135,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("pcm.json" if device.type == "cpu" else f"pcm-{device.type}.json")
     command = " ".join(["python examples/benchmarks/pcm.py", *sys.argv[1:]])
+    run = provenance(device, ("torch", "diffusers", "scikit-learn"), command)
     results = Results.before(path).without(parts if options.episodes else [], cells)
     console = Console(width=None if sys.stdout.isatty() else 130)
 
@@ -140,7 +147,8 @@ def main() -> None:
                 progress.update(task, description=f"{case}, {rule}")
                 results.rounds.extend(pcm_rounds.measure(case, rule, options.seeds))
                 progress.advance(task)
-            path.write_text(results.as_json(device, command))
+            results.runs[f"rounds {it[0]}-{it[1]}"] = run
+            path.write_text(results.as_json(run))
         for it in cells["quality"]:
             case = Case.of(*it, device)
             progress.update(task, description=f"{case}, quality")
@@ -149,13 +157,15 @@ def main() -> None:
                 results.classifier.update(features=FEATURES, held_out_accuracy=features.accuracy)
             console.print(f"{case}: {pcm_quality.check(case):.0e} off what exact=False gives")
             results.quality.extend(pcm_quality.measure(case, options.samples, options.sweeps, features))
-            path.write_text(results.as_json(device, command))
+            results.runs[f"quality {it[0]}-{it[1]}"] = run
+            path.write_text(results.as_json(run))
             progress.advance(task)
     if "control" in parts and options.episodes:
         results.control.extend(control(options.episodes))
+        results.runs["control"] = run | {"device": "cpu"}
         console.print(control_table(results.control))
     results = results._replace(rounds=in_order(results.rounds), quality=in_order(results.quality))
-    path.write_text(results.as_json(device, command))
+    path.write_text(results.as_json(run))
     draw(results.rounds, results.quality, path.with_suffix(".png"))
     if results.rounds:
         console.print(rounds_table(results.rounds))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["write_together", "write_whole"]
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -14,12 +15,25 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: The disk does not take it; what was there before stays.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")  # other processes may write it too
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Replaces files by others, in that order, once the disk holds all of them.
+
+    Raises:
+        OSError: The disk does not take them; what was there before stays.
+    """
+    # Other processes may write them too.
+    unfinished = {path: path.with_name(f"{path.name}.{os.getpid()}.unfinished") for path in contents}
     try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        for path, content in contents.items():
+            with unfinished[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, staged in unfinished.items():
+            os.replace(staged, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        for staged in unfinished.values():
+            staged.unlink(missing_ok=True)

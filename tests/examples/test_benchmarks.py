@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from benchmarks.frechet import frechet_distance
@@ -38,3 +43,37 @@ def test_directions_count_each_for_itself():
 
 def test_fewer_samples_than_features_have_a_distance(features):
     assert frechet_distance(features[:3], features[:3]) == pytest.approx(0, abs=1e-5)
+
+
+_ROOT = Path(__file__).parents[2]
+_RESULTS = _ROOT / "examples" / "benchmarks" / "results" / "pcm.json"
+
+
+def _parts(results):
+    cells = {f"quality {row['case']}-{row['steps']}" for row in results["quality"]}
+    cells |= {f"rounds {row['case']}-{row['steps']}" for row in results["measured"]}
+    return cells | ({"control"} if results["control"] else set())
+
+
+def test_every_part_of_the_pcms_results_says_which_run_it_is_of():
+    results = json.loads(_RESULTS.read_text())
+    assert set(results["runs"]) == _parts(results)
+    for run in results["runs"].values():
+        assert run["command"] or "not recorded" in run["note"]
+
+
+def test_a_part_measured_again_says_so_and_the_others_stay(tmp_path):
+    before = json.loads(_RESULTS.read_text())
+    (tmp_path / "pcm.json").write_text(_RESULTS.read_text())
+    arguments = ["--parts", "quality", "--cases", "digits-50", "--samples", "8", "--sweeps", "3"]
+    program = [sys.executable, _ROOT / "examples" / "benchmarks" / "pcm.py", *arguments, "--out", tmp_path]
+    subprocess.run(program, check=True, timeout=240, capture_output=True)
+    after = json.loads((tmp_path / "pcm.json").read_text())
+    assert set(after["runs"]) == _parts(after) == set(before["runs"])
+    changed = {part for part, run in after["runs"].items() if run != before["runs"][part]}
+    assert changed == {"quality digits-50"}
+    assert " ".join(arguments) in after["runs"]["quality digits-50"]["command"]
+    assert after["measured"] == before["measured"]
+    assert [row for row in after["quality"] if row["case"] == "arm"] == [
+        row for row in before["quality"] if row["case"] == "arm"
+    ]

@@ -11,6 +11,7 @@ import pytest
 _ROOT = Path(__file__).parents[2]
 _RESULTS = _ROOT / "examples" / "benchmarks" / "results"
 _WAYS = ("sequential", "plain", "accelerated", "ParaDiGMS 0.001")
+_PCM_PEERS = ("sequential", "plain", "slope only")
 _PCM_WAYS = ("plain", "slope only", "PCM", "accelerated", "PCM + acceleration")
 
 
@@ -37,6 +38,35 @@ def pcm_table() -> list[str]:
         cells = [" / ".join(f"{row['rounds']:.1f}" for row in found if row["way"] == way) for way in _PCM_WAYS]
         rows.append(f"| {case}, N = {steps} | {' | '.join(cells)} |")
     return rows
+
+
+def pcm_gains() -> str:
+    """The sentence on the papers' gains, and whether they are reached, from the same file's comparisons."""
+    found = {
+        (row["name"], row["peer_name"]): row["ratio"] for row in json.loads((_RESULTS / "pcm.json").read_text())["rows"]
+    }
+    cells = ("digits N=50", "digits N=100", "arm N=15", "arm N=100")
+    gains = [[found[f"{cell}, noise 0.1, PCM rounds", peer] for peer in _PCM_PEERS] for cell in cells]
+    said = "; ".join(
+        f"{cell.replace(' N=', ', N = ')}: {over:.1f}x / {plain:.1f}x"
+        for cell, (over, plain, _) in zip(cells, gains, strict=True)
+    )
+    reached = [[ratio >= target for ratio, target in zip(of, (2.71, 1.77), strict=False)] for of in gains]
+    assert reached == [[True, True], [True, True], [False, False], [True, False]]  # as the README says it
+    slopes = [f"{of[2]:.2f}x" for of in gains]
+    return (
+        f"{said}. So the digits reach both targets; the arm misses 1.77x at either N, and 2.71x at N = 15. Over "
+        f'"slope only", which needs no training, the PCM gains {", ".join(slopes[:-1])} and {slopes[-1]}.'
+    )
+
+
+def two_sweeps() -> str:
+    """How often the arm succeeds after two sweeps and no more, by those rows that the same file has."""
+    control = json.loads((_RESULTS / "pcm.json").read_text())["control"]
+    found = {(row["sampler"], row["steps"]): row["success"] for row in control}
+    ways = [row["sampler"] for row in control if row["sampler"].startswith("approximate: ") and row["steps"] == 15]
+    shares = [f"{way.removeprefix('approximate: ')} {found[way, 15]:.0%} / {found[way, 100]:.0%}" for way in ways]
+    return f"success at N = 15 / 100 is: {', '.join(shares)}."
 
 
 def quality_table() -> list[str]:
@@ -84,6 +114,11 @@ def test_a_measured_table_is_the_benchmarks(table: Callable[[], list[str]]) -> N
     assert rows
     for row in rows:
         assert row in readme
+
+
+@pytest.mark.parametrize("sentence", [pcm_gains, two_sweeps])
+def test_a_measured_sentence_is_the_benchmarks(sentence: Callable[[], str]) -> None:
+    assert sentence() in " ".join((_ROOT / "README.md").read_text().split())
 
 
 def test_no_planned_case_is_worse_than_torchrecs() -> None:

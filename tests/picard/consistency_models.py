@@ -8,6 +8,7 @@ from torch import nn
 from forerun.picard.consistency import Base, Card, Consistency
 from forerun.picard.lora import Lora
 from forerun.picard.switch import Switch
+from forerun.picard.weights import Weights
 
 
 def random_lora(module: nn.Module, size: float, rank: int = 4, seed: int = 0) -> Lora:
@@ -21,6 +22,24 @@ def random_lora(module: nn.Module, size: float, rank: int = 4, seed: int = 0) ->
             up = torch.randn(shape[0], rank, *(1,) * (len(shape) - 2), generator=generator) * size / rank**0.5
             layers[name] = (down, up)
     return Lora(layers, 1.0)
+
+
+def tuned(module: nn.Module, size: float = 0.3) -> Weights:
+    """All parameters, each changed at random by `size` times its spread."""
+    generator = torch.Generator().manual_seed(5)
+    values = {
+        name: value.detach() + size * value.detach().std(correction=0) * torch.randn(value.shape, generator=generator)
+        for name, value in module.named_parameters()
+    }
+    return Weights(values, module.to_json_string() if hasattr(module, "to_json_string") else "")
+
+
+def as_found(module: nn.Module) -> list[object]:
+    """What a PCM must leave as it was: classes, attributes, hooks and parameters of all layers."""
+    return [
+        (type(layer), sorted(vars(layer)), len(layer._forward_hooks), [id(value) for value in layer.parameters()])
+        for layer in module.modules()
+    ]
 
 
 def consistency(module: nn.Module, lora: Lora, ages: int = 1, component: str = "unet", **card: object) -> Consistency:

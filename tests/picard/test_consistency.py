@@ -9,11 +9,13 @@ import diffusers
 import pipelines as made
 import pytest
 import torch
+from accelerate import cpu_offload
 from comparison import assert_same_image, counted_calls, sample
-from consistency_models import consistency, random_lora
+from consistency_models import as_found, consistency, random_lora, tuned
 
 from forerun.picard.consistency import Base, Consistency
 from forerun.picard.diffusers import PicardScheduler, parallel
+from forerun.picard.levels import DATA_VARIANCE
 from forerun.picard.switch import Switch
 
 _DIGITS = Path(__file__).parents[2] / "examples" / "assets" / "digits"
@@ -48,7 +50,6 @@ def test_diffusers_loads_it_as_a_lora(tmp_path):
     rows = torch.ones(4)
     with ours.weighted(rows):
         expected = sample(pipe, arguments)
-    ours.remove()
     pipe.load_lora_weights(tmp_path)
     assert_same_image(sample(pipe, arguments), expected)
 
@@ -125,7 +126,7 @@ def test_a_disk_that_takes_nothing_leaves_no_broken_file(tmp_path, monkeypatch):
 def test_on_a_pipeline():
     """Guidance, several rows a sample, parts of a call: the result is the sequential one; detached, nothing is left."""
     pipe, arguments = made.stable_diffusion()
-    sequential = sample(pipe, arguments)
+    sequential, before = sample(pipe, arguments), as_found(pipe.unet)
     pcm = consistency(pipe.unet, random_lora(pipe.unet, 0.5))
     for options in ({}, {"max_points_per_call": 3}, {"window": 4}):
         pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=pcm, tolerance=0, check_cost=False, **options)
@@ -133,13 +134,25 @@ def test_on_a_pipeline():
             assert_same_image(sample(pipe, arguments), sequential)
         assert len(calls) >= pipe.scheduler.report.rounds <= 10
         assert pipe.scheduler.report.guided_rounds >= 1
-    pipe.scheduler = PicardScheduler.from_pipe(
-        pipe, tolerance=0, check_cost=False
-    )  # again, without: no layer is hooked
-    assert not any(layer._forward_hooks for layer in pipe.unet.modules())
+    pipe.scheduler = PicardScheduler.from_pipe(pipe, tolerance=0, check_cost=False)  # again, without
+    sample(pipe, arguments)
+    assert pipe.scheduler.report.guided_rounds == 0
     pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=pcm).detach()
-    assert not any(layer._forward_hooks for layer in pipe.unet.modules())
+    assert as_found(pipe.unet) == before
     assert torch.equal(sample(pipe, arguments), sequential)
+
+
+def test_offloading_layer_by_layer():
+    """A LoRA put on before works as without; after, the base model cannot be looked at, and that is said."""
+    pipe, arguments = made.stable_diffusion()
+    sequential = sample(pipe, arguments)
+    pcm = consistency(pipe.unet, random_lora(pipe.unet, 0.1), ages=2)
+    pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=pcm, switch="hard", tolerance=0, check_cost=False)
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    assert_same_image(sample(pipe, arguments), sequential)
+    assert pipe.scheduler.report.guided_rounds == 2
+    with pytest.raises(ValueError, match=r"holds no weights between its calls.*before enable_sequential_cpu_offload"):
+        PicardScheduler.from_pipe(pipe, pcm=pcm)
 
 
 def test_another_scheduler_is_warned_about():
@@ -263,15 +276,66 @@ def test_a_few_sweeps_and_no_more_are_called_approximate(unet):
 
 
 def test_it_brings_the_data_variance_that_it_was_trained_under(unet):
+    """And takes it along: from a scheduler to the next, only what the user chose stays."""
     base = diffusers.DDIMScheduler(clip_sample=False)
     pcm = consistency(unet, random_lora(unet, 0.01), data_variance=0.05)
     sequential = _sample(unet, base, 3, 20)
-    for given, expected in (({}, 0.05), ({"data_variance": 0.5}, 0.5)):
-        guided = parallel(unet, base, pcm=pcm, check_cost=False, **given)
-        result = _sample(unet, guided, 3, 20)
-        guided.detach()
-        assert guided.options.data_variance == expected
+
+    def residuals(scheduler):
+        result = _sample(unet, scheduler, 3, 20)
         assert float((result - sequential).norm() / sequential.norm()) <= 1e-3
+        return scheduler.report.residuals
+
+    def made(of, **options):
+        return parallel(unet, of, check_cost=False, **options)
+
+    default, own, chosen = (
+        residuals(made(base, pcm=pcm, data_variance=variance)) for variance in (DATA_VARIANCE, 0.05, 0.5)
+    )
+    without = residuals(made(base, data_variance=DATA_VARIANCE))
+    assert len({default, own, chosen, without}) == 4
+    assert residuals(made(base, pcm=pcm)) == own
+    plain = made(base)
+    assert residuals(made(plain, pcm=pcm)) == own
+    guided = made(base, pcm=pcm)
+    assert residuals(made(guided)) == without
+    assert residuals(made(type(guided).from_config(guided.config))) == without
+    mine = made(made(base, data_variance=0.5), pcm=pcm)
+    assert residuals(mine) == chosen
+    mine.detach()
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "whole"])
+def test_what_is_measured_of_the_cost_is_the_base_models(unet, kind):
+    base = diffusers.DDIMScheduler(clip_sample=False)
+    change = random_lora(unet, 0.01) if kind == "LoRA" else tuned(unet, 0.0)
+    pcm = consistency(unet, change, ages=2, rank=4 if kind == "LoRA" else None)
+    plain = parallel(unet, base, auto=True)
+    _sample(unet, plain, 0)
+    guided = parallel(unet, base, pcm=pcm, switch="hard", auto=True)
+    changed = type(guided._picard_binding._bound[0][1].change)
+    sweeps, measured, answer = [], [], changed.answer
+
+    class Watched(dict):
+        def __setitem__(self, key, cost):
+            measured.append((len(sweeps), cost.points))
+            super().__setitem__(key, cost)
+
+    def counted(*arguments):
+        sweeps.append(1)
+        return answer(*arguments)
+
+    guided._picard_memory.cost = Watched()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changed, "answer", counted)
+        _sample(unet, guided, 0)
+    assert len(sweeps) == 2  # no call with the PCM is made to be timed
+    ((after, points),) = measured
+    assert after == 2  # the PCM had answered for the last time
+    assert 25 <= points < 50
+    assert guided.report.cost["points"] == points
+    assert plain.report.cost["points"] == 49
+    guided.detach()
 
 
 def test_a_switch_of_ones_own(unet):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import dit_pipelines as dits
 import pipelines as made
 import pytest
@@ -64,6 +65,27 @@ def test_from_pipe_twice():
     assert_detached(pipe, arguments, base, sequential)
     assert vars(pipe.unet) == before
     first.detach()
+
+
+def test_two_pipelines_with_one_denoiser():
+    """Each takes its turn; taking one out leaves the other."""
+    pipe, arguments = made.stable_diffusion()
+    before, sequential = dict(vars(pipe.unet)), sample(pipe, arguments)
+    other = diffusers.StableDiffusionPipeline(**{**pipe.components, "scheduler": made.ddim()})
+    pipe.scheduler = parallel(pipe)
+    assert torch.equal(sample(other, arguments), sequential)
+    other.scheduler = PicardScheduler.from_pipe(other, tolerance=0, window=4, check_cost=False)
+    for _ in range(2):
+        for each, most in ((pipe, 10), (other, 4)):
+            with counted_calls(each.unet) as calls:
+                assert_same_image(sample(each, arguments), sequential)
+            assert max(calls) == 4 * most  # two prompts, with guidance
+    pipe.scheduler = pipe.scheduler.detach()
+    assert other.scheduler._picard_binding._bound[0][1] is pipe.unet._diffusers_hook.hooks["forerun.picard"].around
+    assert torch.equal(sample(pipe, arguments), sequential)
+    assert_same_image(sample(other, arguments), sequential)
+    other.scheduler.detach()
+    assert vars(pipe.unet) == before
 
 
 def test_a_plain_scheduler_in_its_place():

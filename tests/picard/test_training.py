@@ -14,19 +14,22 @@ import dit_pipelines as dits
 import pipelines as made
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from comparison import assert_same_image, sample
+from consistency_models import as_found
+from peft import LoraConfig, inject_adapter_in_model
 from sequences import Net
 from training_program import CHOICES, SHAPE, run, source
 from typer.testing import CliRunner
 
 from forerun import cli
-from forerun.picard.consistency import Consistency
+from forerun.picard.consistency import Base, Consistency
 from forerun.picard.denoiser import Asked
 from forerun.picard.diffusers import PicardScheduler, parallel
 from forerun.picard.diffusers_training import LoopSource, PipelineSource
 from forerun.picard.objective import rows_of
 from forerun.picard.sweep_objective import SweepObjective
+from forerun.picard.trainer import _accelerator
 from forerun.picard.training import Training, train
 from forerun.picard.trajectories import Trajectory, cached
 
@@ -82,6 +85,15 @@ def test_trajectories_on_disk(tmp_path):
     (tmp_path / "a" / "00.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="holds no trajectory"):
         cached(tmp_path / "a", make)
+
+
+def test_arguments_that_share_memory_are_kept(tmp_path):
+    shared = torch.randn(2, 5)
+    others = {"one": shared, "same": shared, "part": shared[:1]}
+    trajectory = Trajectory(torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.arange(3), others)
+    trajectory.save(tmp_path / "it.safetensors")
+    loaded = Trajectory.load(tmp_path / "it.safetensors").others
+    assert all(torch.equal(loaded[name], others[name]) for name in others)
 
 
 def test_targets_are_the_finished_answers_carried_back_along_the_slope():
@@ -178,12 +190,13 @@ def test_it_learns_and_leaves_the_model_as_it_was(tmp_path, choices, most):
     unet = diffusers.UNet2DModel.from_pretrained(_UNET).eval()
     origin = LoopSource(unet, diffusers.DDIMScheduler(clip_sample=False), (1, 8, 8))
     before = {name: value.clone() for name, value in origin.module.state_dict().items()}
+    found = as_found(unet)
     told = []
     training = Training(**{**CHOICES, "turns": 12, "measure_every": 6, "batch": 48, "ema": 0.9, **choices})
     pcm = train(origin, tmp_path, training, progress=lambda turn, loss, measured: told.append((turn, measured)))
     assert [turn for turn, measured in told if measured] == [6, 12]
     assert told[-1][1]["error"] < most * told[-1][1]["base_error"]
-    assert not any(layer._forward_hooks for layer in origin.module.modules())
+    assert as_found(unet) == found
     assert all(parameter.requires_grad for parameter in origin.module.parameters())
     assert all(torch.equal(value, before[name]) for name, value in origin.module.state_dict().items())
     lora, model = ["pytorch_lora_weights.safetensors"], ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -215,8 +228,30 @@ def test_killed_it_goes_on_to_the_same_result(tmp_path):
 
 
 def test_two_processes_train_one_model(tmp_path):
-    """As `accelerate launch` starts them: each on noise of its own, the same weights on both, one result."""
-    program = [sys.executable, str(Path(__file__).with_name("training_program.py")), str(tmp_path), "4"]
+    """As `accelerate launch` starts them: each on noise of its own, the same weights on both, one result and cache."""
+    cache = tmp_path / "cache"
+    first = _two_processes(tmp_path / "first", cache)
+    assert first[0][:-1] != first[1][:-1]  # noise of its own
+    assert first[0][-1] == first[1][-1]  # digest of the weights
+    (kept,) = cache.iterdir()
+    made = {path: path.stat().st_mtime_ns for path in kept.glob("*/*")}
+    # Four turns of each process, and what is held out, which both have.
+    assert len([path for path in made if path.name == "complete"]) == 2 * 4 + 1
+    assert not [path for path in made if path.name.endswith("unfinished")]
+    assert all(Trajectory.load(path).inputs.shape == (6, 4, *SHAPE) for path in made if path.suffix == ".safetensors")
+    assert _two_processes(tmp_path / "again", cache) == first
+    assert {path: path.stat().st_mtime_ns for path in kept.glob("*/*")} == made  # taken from there
+    alone = run(tmp_path / "alone", 4)
+    assert Consistency.load(tmp_path / "first").card.base == alone.card.base
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [
+        "picard.json",
+        "pytorch_lora_weights.safetensors",
+    ]
+
+
+def _two_processes(out, cache):
+    """The lines that each of them prints."""
+    program = [sys.executable, str(Path(__file__).with_name("training_program.py")), str(out), "4", str(cache)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -231,15 +266,7 @@ def test_two_processes_train_one_model(tmp_path):
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0, 0]
-    losses = [[line for line in lines if line[0].isdigit()] for lines in told]
-    assert losses[0] != losses[1]  # noise of its own
-    assert told[0][-1] == told[1][-1]  # digest of the weights
-    alone = run(tmp_path / "alone", 4)
-    assert Consistency.load(tmp_path).card.base == alone.card.base
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "picard.json",
-        "pytorch_lora_weights.safetensors",
-    ]
+    return told
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
@@ -248,9 +275,10 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
         run(tmp_path, 2)
     monkeypatch.undo()
     origin = source()
+    found = as_found(origin.module)
     with pytest.raises(ValueError, match="of another training"):
         train(origin, tmp_path, Training(**{**CHOICES, "turns": 4}))
-    assert not any(layer._forward_hooks for layer in origin.module.modules())
+    assert as_found(origin.module) == found
     assert all(parameter.requires_grad for parameter in origin.module.parameters())
     other = LoopSource(Net(), diffusers.DDIMScheduler(num_train_timesteps=100, beta_end=0.01), SHAPE)
     with pytest.raises(ValueError, match="of another training"):
@@ -297,10 +325,48 @@ def test_bf16_and_gradient_checkpointing(tmp_path):
     assert not model.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base(tmp_path, dtype, full):
+    """It computes as it does, what is trained is kept in single precision."""
+    model = Net().to(dtype)
+    origin = LoopSource(model, diffusers.DDIMScheduler(num_train_timesteps=100, clip_sample=False), SHAPE)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    pcm = train(origin, tmp_path, Training(**{**CHOICES, "turns": 2, "full": full}))
+    values = pcm.change.values if full else {name: up for name, (_, up) in pcm.change.layers.items()}
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    changed = [name for name, value in values.items() if not torch.equal(value, before.get(name, 0 * value).float())]
+    assert len(changed) == len(values)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    ours = parallel(model, origin._base, pcm=tmp_path, switch="hard", check_cost=False)
+    origin._sample(ours, 6, [5])
+    assert ours.report.guided_rounds >= 1
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_stands_around_the_bases_layers_is_not_trained(tmp_path, full):
+    """A LoRA of the user's own, and torch.compile's wrapper: the result is of the base model's layers."""
+    names = {name for name, _ in Net().named_parameters()}
+    model = Net()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["first", "time"], init_lora_weights=False), model)
+    wrapped = torch.compile(model, backend="eager")
+    origin = LoopSource(wrapped, diffusers.DDIMScheduler(num_train_timesteps=100, clip_sample=False), SHAPE)
+    pcm = train(origin, tmp_path, Training(**{**CHOICES, "turns": 1, "full": full}))
+    loaded = Consistency.load(tmp_path)
+    assert loaded.card.base.same(Base.of(Net(), "plain"))
+    trained = set(loaded.change.values) if full else {f"{name}.weight" for name in loaded.change.layers}
+    assert trained == (names if full else {name for name in names if name.endswith("weight")})
+    loaded.change.on(model)
+    assert pcm.card == loaded.card
+
+
 def test_a_cache_is_kept_apart_by_what_is_sampled(tmp_path):
     pipe, arguments = made.stable_diffusion()
     prompts = [PipelineSource(pipe, **{**arguments, "prompt": prompt}).fingerprint() for prompt in ("a", "b", "a")]
     assert prompts[0] == prompts[2] != prompts[1]
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    styled = PipelineSource(pipe, **{**arguments, "prompt": "a"}).fingerprint()
+    assert styled not in prompts
     for _ in range(2):
         run(tmp_path / "out", 1, cache=tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [source().fingerprint()]
@@ -318,7 +384,14 @@ def test_what_cannot_be_trained(tmp_path):
     model, base = Net(), diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match="in parallel already"):
         LoopSource(model, parallel(model, base), SHAPE)
-    for choice in ({"steps": 0}, {"rank": 1.5}, {"ema": 1.0}):
+    for choice in (
+        {"steps": 0},
+        {"rank": 1.5},
+        {"ema": 1.0},
+        {"pool": 0},
+        {"learning_rate": 0.0},
+        {"data_variance": -1.0},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(choice))} is"):
             Training(**choice)
 
@@ -339,6 +412,21 @@ def test_the_command(tmp_path, command):
     assert "rounds on noise not trained on" in result.stdout
     card = json.loads((tmp_path / "pcm" / "picard.json").read_text())
     assert (card["steps"], card["rank"], card["base"]["name"]) == (5, 2, str(tmp_path / "pipe" / "unet"))
+
+
+def test_accelerate_knows_the_device_before_a_pipeline_is_loaded(tmp_path, command):
+    """Of several processes each has its own; one that loaded before that would take the first one's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert command("--pipeline", tmp_path / "nowhere").exit_code == 1
+    assert PartialState._shared_state["device"] == torch.device("cpu")
+
+
+def test_a_model_on_another_process_device_is_refused():
+    """Two processes, of which this one trains on the CPU, and a model that is elsewhere."""
+    PartialState(cpu=True)
+    PartialState._shared_state["num_processes"] = 2
+    with pytest.raises(ValueError, match=r"the model is on meta, and process 0 of 2 trains on cpu"):
+        _accelerator(Training(), torch.device("meta"))
 
 
 @pytest.mark.parametrize(

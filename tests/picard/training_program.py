@@ -1,6 +1,6 @@
 """Trains a small PCM into a folder; `test_training.py` kills it on the way, and runs two of it as one.
 
-python training_program.py OUT TURNS
+python training_program.py OUT TURNS [CACHE]
 """
 
 from __future__ import annotations
@@ -31,5 +31,5 @@ def run(out: Path, turns: int, **more: object) -> Consistency:
 
 
 if __name__ == "__main__":
-    made = run(Path(sys.argv[1]), int(sys.argv[2]))
+    made = run(Path(sys.argv[1]), int(sys.argv[2]), cache=Path(sys.argv[3]) if sys.argv[3:] else None)
     print("weights", sum(float(up.double().sum() + down.double().sum()) for down, up in made.change.layers.values()))

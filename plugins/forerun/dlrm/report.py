@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from forerun.files import write_whole
+
 __all__ = ["Report", "Sharding"]
 
 _LISTED = 8  # tables named in a cell or drawn in a colour of their own
@@ -143,7 +145,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Writes the report as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(Path(path), (json.dumps(asdict(self), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forerun.picard.change import base_name
 from forerun.picard.lora import Lora
 from forerun.picard.trajectories import first_tensor
 from forerun.picard.weights import Weights
@@ -35,10 +36,6 @@ class Adapted(nn.Module, ABC):
     def change(self, values: Mapping[str, Tensor]) -> Lora | Weights:
         """The change with other values (an average, say) in the place of its parameters, by their names."""
 
-    @abstractmethod
-    def release(self) -> None:
-        """Leaves the base model as it was."""
-
 
 class AdaptedLora(Adapted):
     """A LoRA that begins with no change."""
@@ -62,9 +59,6 @@ class AdaptedLora(Adapted):
         names = self._names.items()
         return Lora({name: (values[f"down.{key}"], values[f"up.{key}"]) for name, key in names}, 1.0)
 
-    def release(self) -> None:
-        self._rows.remove()
-
 
 class AdaptedWeights(Adapted):
     """A copy of all parameters, in float32.
@@ -76,7 +70,7 @@ class AdaptedWeights(Adapted):
 
     def __init__(self, module: nn.Module, config: str) -> None:
         super().__init__(module)
-        named = dict(module.named_parameters())
+        named = {base_name(name): value for name, value in module.named_parameters() if "lora_" not in name}
         self._names = {name: str(index) for index, name in enumerate(named)}
         self._config = config
         self.values = nn.ParameterDict(
@@ -90,12 +84,10 @@ class AdaptedWeights(Adapted):
     def change(self, values: Mapping[str, Tensor]) -> Weights:
         return Weights({name: values[f"values.{key}"] for name, key in self._names.items()}, self._config)
 
-    def release(self) -> None:
-        self._rows.remove()
-
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What the LoRA changes: linear layers and convolutions (of one group)."""
+    """What the LoRA changes: linear layers and convolutions (of one group), but for those of the user's own LoRAs."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and getattr(layer, "groups", 1) == 1:
-            yield name, layer
+        plain = isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and getattr(layer, "groups", 1) == 1
+        if plain and "lora_" not in name:
+            yield base_name(name), layer

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Change", "RowChange"]
+__all__ = ["Change", "RowChange", "base_name"]
 
 
 class RowChange(Protocol):
@@ -21,12 +21,18 @@ class RowChange(Protocol):
     def answer(self, ask: Callable[[], Any], weights: Tensor, device: torch.device) -> Any:
         """What `ask`, a call of the module, returns with `weights` (`[rows]`, on the CPU; not all 0) of the change."""
 
-    def remove(self) -> None:
-        """Leaves the module as it was before `on`."""
-
 
 class Change(Protocol):
     """A change, as a file holds it."""
 
     def on(self, module: nn.Module) -> RowChange:
-        """Raises ValueError, and leaves the module alone, if it is not the module that the change is for."""
+        """The change at hand; the module itself changes within `answer` only.
+
+        Raises:
+            ValueError: It is not the module that the change is for.
+        """
+
+
+def base_name(name: str) -> str:
+    """A layer's or parameter's name in the base model, without what torch.compile and peft put around layers."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "base_layer"))

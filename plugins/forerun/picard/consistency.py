@@ -12,10 +12,11 @@ Source: arXiv 2503.19731, section 3.2.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -26,13 +27,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from forerun.files import write_whole
+from forerun.files import write_together
+from forerun.picard.change import base_name
 from forerun.picard.levels import DATA_VARIANCE
 from forerun.picard.lora import Lora
 from forerun.picard.switch import Switch
 from forerun.picard.weights import Weights
 
-__all__ = ["Base", "Card", "Consistency"]
+__all__ = ["Base", "Card", "Consistency", "check_folder", "files_of"]
 
 _CARD, _LORA = "picard.json", "pytorch_lora_weights.safetensors"
 _MODEL, _CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
@@ -59,9 +61,7 @@ class Base:
             name: What users call it: a repository or a path.
         """
         module = getattr(module, "_orig_mod", module)
-        named = {
-            key.replace(".base_layer", ""): value for key, value in module.named_parameters() if "lora_" not in key
-        }
+        named = {base_name(key): value for key, value in module.named_parameters() if "lora_" not in key}
         layout = json.dumps([[key, list(named[key].shape)] for key in sorted(named)])
         large = sorted(named, key=lambda key: (-named[key].numel(), key))[:_SAMPLED]
         values = [value for key in large for value in _some(named[key])]
@@ -97,6 +97,11 @@ class Card:
     component: str = "unet"  # the pipeline's name of the denoiser: "unet" or "transformer"
     training: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Beside the card."""
+        return files_of(whole=self.rank is None)
+
     def as_json(self) -> str:
         fields = {**asdict(self), "switch": self.switch.as_config(), "format": 1}
         return json.dumps(fields, indent=2) + "\n"
@@ -123,6 +128,13 @@ class Consistency:
     card: Card
     change: Lora | Weights
 
+    def __post_init__(self) -> None:
+        if isinstance(self.change, Weights) != (self.card.rank is None):
+            kind = type(self.change).__name__
+            raise ValueError(
+                f"the card's rank is {self.card.rank!r}, its change is a {kind}; a whole model has rank None"
+            )
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Consistency:
         """Reads what `save` wrote.
@@ -132,17 +144,17 @@ class Consistency:
             ValueError: One of them is broken.
         """
         folder = Path(folder)
-        held = next((name for name in (_LORA, _MODEL) if (folder / name).is_file()), None)
-        if held is None or not (folder / _CARD).is_file():
-            missing = _CARD if held else f"{_LORA} or {_MODEL}"
-            raise FileNotFoundError(f"{folder} is no Picard Consistency Model: there is no {missing} in it")
+        _check_held(folder, _CARD)
         try:
             card = Card.from_json((folder / _CARD).read_text())
-            values = load_file(folder / held)
-            if held == _LORA:
+            _check_held(folder, *card.files)
+            values = load_file(folder / card.files[0])
+            if card.rank is not None:
                 component, layers = _layers(values)
                 return cls(replace(card, component=component), Lora(layers, scale=1.0))
             return cls(card, Weights(values, (folder / _CONFIG).read_text()))
+        except FileNotFoundError:
+            raise
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds a broken Picard Consistency Model: {error}") from error
 
@@ -168,28 +180,34 @@ class Consistency:
         return replace(found, card=replace(found.card, switch=chosen))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes its files; each appears whole or not at all.
+        """Writes its files, once the disk holds all of them; a PCM that was there gives way.
 
         Raises:
-            OSError: The disk does not take them.
+            FileExistsError: The folder holds a model or a LoRA that is no PCM's; it stays as it is.
+            OSError: The disk does not take them; what was there stays.
         """
         folder = Path(folder)
+        before = check_folder(folder, self.card.files)
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.change, Lora):
-            files = {_LORA: save(_named(self.change, self.card.component), {"format": "pt"})}
+            contents = [save(_named(self.change, self.card.component), {"format": "pt"})]
         else:
             values = {name: value.contiguous() for name, value in self.change.values.items()}
-            files = {_MODEL: save(values, {"format": "pt"}), _CONFIG: self.change.config.encode()}
-        replaced = (folder / _CARD).is_file()
-        for name, content in files.items():
-            write_whole(folder / name, content)
-        write_whole(folder / _CARD, self.card.as_json().encode())
-        if replaced:  # a PCM of the other kind; without a card such files are somebody else's
-            for name in {_LORA, _MODEL, _CONFIG} - files.keys():
-                (folder / name).unlink(missing_ok=True)
+            contents = [save(values, {"format": "pt"}), self.change.config.encode()]
+        # The card first: it says whose the other files are.
+        files = {folder / _CARD: self.card.as_json().encode()}
+        files |= {folder / name: content for name, content in zip(self.card.files, contents, strict=True)}
+        write_together(files)
+        for name in set(before) - set(self.card.files):
+            (folder / name).unlink(missing_ok=True)
 
     def check(self, module: nn.Module, name: str) -> None:
-        """Raises ValueError unless `module` is the base that it was trained from."""
+        """Raises ValueError unless `module` is the base that it was trained from, and can be looked at."""
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} holds no weights between its calls, as under sequential offloading, and a Picard Consistency "
+                "Model is compared with them: call from_pipe(pcm=…) before enable_sequential_cpu_offload()"
+            )
         found = Base.of(module, name)
         if not self.card.base.same(found):
             alike = ", the same architecture with other weights" if found.layout == self.card.base.layout else ""
@@ -209,6 +227,35 @@ class Consistency:
                 f"{scheduler}{settings}: the result stays the base model's, but it may take more rounds",
                 stacklevel=5,
             )
+
+
+def files_of(*, whole: bool) -> tuple[str, ...]:
+    """What a PCM that is a whole model, or a LoRA, has in its folder beside its card."""
+    return (_MODEL, _CONFIG) if whole else (_LORA,)
+
+
+def check_folder(folder: Path, files: Iterable[str]) -> tuple[str, ...]:
+    """The files of the PCM in a folder (none of no PCM), so that those to write may take their place.
+
+    Raises:
+        FileExistsError: One of `files` is there, and is not that PCM's.
+    """
+    own: tuple[str, ...] = ()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no card, or a broken one, owns nothing
+        own = Card.from_json((folder / _CARD).read_text()).files
+    others = [name for name in files if name not in own and (folder / name).exists()]
+    if others:
+        raise FileExistsError(
+            f"{folder} holds {' and '.join(others)}, of no Picard Consistency Model: a PCM would overwrite it; give "
+            "another folder"
+        )
+    return own
+
+
+def _check_held(folder: Path, *names: str) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} is no Picard Consistency Model: there is no {missing[0]} in it")
 
 
 def _some(parameter: Tensor) -> list[float]:

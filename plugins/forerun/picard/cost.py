@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Cost", "expected_sweeps", "seconds"]
+__all__ = ["Cost", "expected_evaluations", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Cost:
     Args:
         single: Seconds of a call for one point.
         sweep: Seconds of a call for `points` points.
-        points: W.
+        points: In that call; about W.
     """
 
     single: float
@@ -27,7 +27,7 @@ class Cost:
     points: int
 
     def speedup(self, steps: int, sweeps: float) -> float:
-        """Seconds of `steps` sequential calls over seconds of `sweeps` full ones; below 1, parallel is slower."""
+        """Seconds of `steps` sequential calls over seconds of `sweeps` such ones; below 1, parallel is slower."""
         return steps * self.single / (sweeps * self.sweep)
 
     def warning(self, steps: int, sweeps: float) -> str:
@@ -39,14 +39,14 @@ class Cost:
         )
 
 
-def expected_sweeps(steps: int, window: int) -> float:
-    """Work to expect, in sweeps of a full window, before a first run has shown it: what the digits benchmark needs.
+def expected_evaluations(steps: int) -> float:
+    """Points to expect that a run asks the model at, before a first one has shown it: what the digits benchmark needs.
 
     A run that sees all points at once takes 5 T^0.1 rounds, and half of their points: the others are final by then. A
     window that slides stays full, and needs the rounds again for every second window.
     """
     rounds: float = min(steps, 5 * steps**0.1)
-    return rounds * steps / (2 * window)
+    return rounds * steps / 2
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -22,6 +22,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from forerun.picard import rules
 from forerun.picard.consistency import Consistency
 from forerun.picard.denoiser import Asked, Family
 from forerun.picard.diffusers_hooks import Binding
+from forerun.picard.levels import DATA_VARIANCE
 from forerun.picard.options import Options
 from forerun.picard.ranks import PointRanks
 from forerun.picard.report import Report
@@ -90,6 +92,7 @@ class PicardScheduler:
     _picard_run: Run | None = None
     _picard_binding = Binding()
     _picard_switch: Switch | None = None
+    _picard_data_variance = DATA_VARIANCE  # where the options leave it open
     _picard_warned = False
 
     @classmethod
@@ -129,7 +132,7 @@ class PicardScheduler:
         denoisers = host.pipeline_denoisers(pipe)
         rules.refuse_pipeline(pipe)
         consistency = Consistency.given(pcm, switch)
-        scheduler = _parallel_scheduler(pipe.scheduler, options, consistency)
+        scheduler = _parallel_scheduler(pipe.scheduler, options)
         families = [rules.family(host.family_name(module), unbatched) for module in denoisers]
         ranks = PointRanks(group, timeout) if distributed or group is not None else None
         scheduler._bind(zip(denoisers, families, strict=True), ranks, pipe, consistency)
@@ -254,21 +257,25 @@ class PicardScheduler:
         )
         if consistency is not None:
             self._picard_switch = consistency.card.switch
+            self._picard_data_variance = consistency.card.data_variance
             consistency.warn_unless_for(self._base_class.__name__, self.config)
 
     def _turns(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The turns of one loop over (a part of) `timesteps`."""
         binding = self._picard_binding
         binding.begin_run()
-        setting = Setting(widened=bool(binding), ranks=binding.ranks, switch=self._picard_switch)
+        setting = Setting(
+            widened=bool(binding),
+            ranks=binding.ranks,
+            switch=self._picard_switch,
+            data_variance=self._picard_options.data_variance or self._picard_data_variance,
+        )
         pipe = binding.running_pipeline()
         if pipe is not None:
-            setting = Setting(
-                widened=setting.widened,
+            setting = replace(
+                setting,
                 mirrored=rules.is_mirrored(pipe, host.pipeline_arguments(pipe) or {}),
                 cuts=rules.cuts(pipe, timesteps, self.config.num_train_timesteps),
-                ranks=setting.ranks,
-                switch=setting.switch,
                 guidance=functools.partial(_guidance, weakref.ref(pipe)),
             )
         run = Run(self._base_copy(), timesteps, self._picard_options, setting, self._picard_memory)
@@ -352,13 +359,13 @@ def parallel(
     if not isinstance(model, nn.Module):
         raise TypeError(f"parallel takes a torch module, whose calls it can widen, and got a {type(model).__name__}")
     found = Consistency.given(pcm, switch)
-    made = _parallel_scheduler(scheduler, options, found)
+    made = _parallel_scheduler(scheduler, options)
     ranks = PointRanks(group, timeout) if distributed or group is not None else None
     made._bind([(model, Family(frozenset(unbatched)))], ranks, consistency=found)
     return made
 
 
-def _parallel_scheduler(scheduler: Any, options: dict[str, Any], pcm: Consistency | None) -> PicardScheduler:
+def _parallel_scheduler(scheduler: Any, options: dict[str, Any]) -> PicardScheduler:
     unknown = options.keys() - Options.names()
     if unknown:
         raise TypeError(f"unknown options {', '.join(sorted(unknown))}; there are {', '.join(sorted(Options.names()))}")
@@ -367,8 +374,6 @@ def _parallel_scheduler(scheduler: Any, options: dict[str, Any], pcm: Consistenc
         base = scheduler._base_class
     else:
         base = type(scheduler)
-    if pcm is not None:
-        options = {"data_variance": pcm.card.data_variance, **options}
     made: PicardScheduler = _class_for(base.__name__).from_config(scheduler.config, **options)
     return made
 

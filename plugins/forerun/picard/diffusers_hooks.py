@@ -57,7 +57,7 @@ class Binding:
                 max_points=max_points,
                 ranks=ranks,
             )
-            _release(host.unhook_forward(module, _HOOK))
+            host.unhook_forward(module, _HOOK)
             if consistency is not None and module is guided:
                 denoiser.change = consistency.change.on(module)
             host.hook_forward(module, _HOOK, denoiser)
@@ -72,9 +72,9 @@ class Binding:
         return bool(self._bound)
 
     def begin_run(self) -> None:
-        """Before a loop: puts back hooks that offloading has displaced, forgets the last run's calls."""
+        """Before a loop: puts back hooks that offloading, or another pipeline's scheduler, has displaced."""
         for module, denoiser in self._modules():
-            if not host.is_hooked_last(module, _HOOK):
+            if not host.is_hooked_last(module, _HOOK, denoiser):
                 host.unhook_forward(module, _HOOK)
                 host.hook_forward(module, _HOOK, denoiser)
             denoiser.begin_run()
@@ -87,8 +87,8 @@ class Binding:
     def undo(self) -> None:
         """Takes the hooks off."""
         for module, denoiser in self._modules():
-            host.unhook_forward(module, _HOOK)
-            _release(denoiser)
+            if host.is_hooked(module, _HOOK, denoiser):  # not where another scheduler's has taken its place
+                host.unhook_forward(module, _HOOK)
         self._bound.clear()
 
     def running_pipeline(self) -> Any | None:
@@ -115,9 +115,3 @@ def _guided(consistency: Consistency, modules: Sequence[nn.Module], pipe: Any) -
         )
     consistency.check(found, host.model_name(found))
     return found
-
-
-def _release(around: object) -> None:
-    """Takes a denoiser's own hooks off the layers inside."""
-    if isinstance(around, Denoiser) and around.change is not None:
-        around.change.remove()

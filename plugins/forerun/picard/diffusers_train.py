@@ -23,7 +23,7 @@ def run(settings: TrainSettings) -> str:
         ValueError: A choice out of range, or a pipeline that cannot be trained.
     """
     training = Training(**settings.training)
-    source = PipelineSource(host.load_pipeline(settings.pipeline, settings.device), **settings.call)
+    source = PipelineSource(host.load_pipeline(settings.pipeline, _device(settings.device)), **settings.call)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns) as bar:
         task = bar.add_task("", total=training.turns)
@@ -42,3 +42,11 @@ def run(settings: TrainSettings) -> str:
         f"{settings.out}: {last['rounds']:.0f} rounds on noise not trained on, {last['rounds_without']:.0f} without; "
         f"mean squared error {last['error']:.4f}, the base model's {last['base_error']:.4f}"
     )
+
+
+def _device(asked: str) -> str:
+    """Where this process is to have the pipeline: of several that accelerate started, each has its own device."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=asked == "cpu")  # before anything is loaded: "cuda" is the process's own from here on
+    return asked if state.num_processes == 1 else str(state.device)

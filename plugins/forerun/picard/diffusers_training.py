@@ -102,10 +102,11 @@ class _Source(ABC):
         config = {name: value for name, value in sorted(self._base.config.items()) if not name.startswith("_")}
         settings = json.dumps([self.scheduler, config, asdict(Base.of(self.module, ""))], default=str)
         digest = sha256(settings.encode())
-        for keys, leaf in pytree.tree_flatten_with_path(self._given())[0]:
+        loras = {name: value for name, value in self.module.named_parameters() if "lora_" in name}  # not the base's
+        for keys, leaf in pytree.tree_flatten_with_path([self._given(), loras])[0]:
             digest.update(f"{pytree.keystr(keys)} {getattr(leaf, 'shape', leaf)}".encode())
             if isinstance(leaf, Tensor):
-                digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def checkpoint_gradients(self, on: bool) -> None:
@@ -202,10 +203,11 @@ class LoopSource(_Source):
         return parallel(self.module, self._base, unbatched=tuple(self.unbatched), check_cost=False, **options)
 
     def _sample(self, scheduler: Any, steps: int, seeds: Sequence[int]) -> None:
-        device = next(self.module.parameters()).device
+        own = next(self.module.parameters())
+        device = own.device
         scheduler.set_timesteps(steps, device=device)
         start = torch.cat([torch.randn(1, *self._shape, generator=generator) for generator in _generators(seeds)])
-        sample = start.to(device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+        sample = start.to(device, own.dtype) * float(getattr(scheduler, "init_noise_sigma", 1.0))
         conditioning = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in self._conditioning(seeds).items()

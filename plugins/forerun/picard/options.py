@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from forerun.picard.levels import DATA_VARIANCE
 from forerun.picard.stopping import Norm, Stopping
 from forerun.picard.window import Acceleration
 
@@ -27,9 +26,9 @@ class Options:
         check_cost: Measure once how the model's batch scales, and warn when parallel sampling is slower here.
         auto: Step aside, instead of warning, when parallel sampling is slower here.
         data_variance: Of a clean sample's elements, given the conditioning; the slope along which answers follow a move
-            comes from it. The default is that of images and latents scaled for diffusion. A policy's actions hardly
-            vary given what it sees: 0.01, say, where they range from -1 to 1. It changes rounds, not the result. A
-            Picard Consistency Model brings the one that it was trained with.
+            comes from it. None: that of the run's Picard Consistency Model, which it was trained with, and 0.25
+            without one, as images and latents scaled for diffusion have it. A policy's actions hardly vary given what
+            it sees: 0.01, say, where they range from -1 to 1. It changes rounds, not the result.
         exact: False: end after `sweeps` rounds with whatever the trajectory is then, a Picard Consistency Model's
             answers among it. The result is approximate.
         sweeps: How many rounds with `exact=False`.
@@ -47,7 +46,7 @@ class Options:
     warm_start: bool = False
     check_cost: bool = True
     auto: bool = False
-    data_variance: float = DATA_VARIANCE
+    data_variance: float | None = None
     exact: bool = True
     sweeps: int | None = None
 
@@ -62,8 +61,8 @@ class Options:
         if not isinstance(self.coarse, int) or self.coarse < 1:
             raise ValueError(f"coarse is {self.coarse!r}; give the number of calls, 1 for no coarse start")
 
-        if not self.data_variance > 0:
-            raise ValueError(f"data_variance is {self.data_variance!r}; give a number above 0")
+        if self.data_variance is not None and not self.data_variance > 0:
+            raise ValueError(f"data_variance is {self.data_variance!r}; give a number above 0, or None")
         if self.exact != (self.sweeps is None):
             raise ValueError(
                 f"exact is {self.exact} and sweeps is {self.sweeps}: a number of sweeps ends the run before it is the "

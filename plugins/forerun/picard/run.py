@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from forerun.picard.base_solver import BaseScheduler, SchedulerSolver, input_factors, noise_levels
-from forerun.picard.cost import Cost, expected_sweeps
+from forerun.picard.cost import Cost, expected_evaluations
 from forerun.picard.denoiser import Sweep
 from forerun.picard.draws import Draws
-from forerun.picard.levels import NoiseLevels
+from forerun.picard.levels import DATA_VARIANCE, NoiseLevels
 from forerun.picard.opening import Opening
 from forerun.picard.options import Options
 from forerun.picard.ranks import PointRanks
@@ -36,6 +36,7 @@ class Setting:
     cuts: tuple[int, ...] = ()  # points at which a sweep has to end
     ranks: PointRanks | None = None
     switch: Switch | None = None  # of the Picard Consistency Model, where there is one
+    data_variance: float = DATA_VARIANCE
     guidance: Callable[[], Mapping[str, Any]] = dict  # what must not change while the loop runs
 
 
@@ -43,7 +44,7 @@ class Setting:
 class Memory:
     """What one run leaves for the next."""
 
-    sweeps: dict[tuple[int, int], float] = field(default_factory=dict)  # full ones' work that (steps, window) took
+    evaluations: dict[tuple[int, int], int] = field(default_factory=dict)  # that (steps, window) took
     cost: dict[tuple[int, int], Cost] = field(default_factory=dict)  # by window and batch
     trajectory: Tensor | None = None  # [T + 1, B, ...], kept for a warm start
     report: Report | None = None
@@ -96,7 +97,7 @@ class Run:
         self._size = min(options.window or self.points, self.points)
         self._turns = 0
         self._started = time.perf_counter()
-        self._measured = [0.0, 0.0]
+        self._measured, self._measured_points = [0.0, 0.0], 0
         self._stepped_aside = False
         self.active = True
 
@@ -137,7 +138,8 @@ class Run:
         return self._sweep
 
     def _next(self, window: Window[SchedulerSolver]) -> _Sweep:
-        points, lo = window.asked, window.lo
+        points, lo, measured = window.asked, window.lo, self._wants_cost(window)
+        self._measured_points = len(points) if measured else 0
         return _Sweep(
             points=points,
             timesteps=self._timesteps[list(points)],
@@ -145,7 +147,7 @@ class Run:
             frontier=window.solver.scale(window.frontier, lo),
             frontier_timestep=self._timesteps[lo],
             weights=window.weights,
-            measure=self._measure if self._wants_cost(window) else None,
+            measure=self._measure if measured else None,
         )
 
     def _open(self) -> Opening | None:
@@ -175,7 +177,7 @@ class Run:
 
     @cached_property
     def _levels(self) -> NoiseLevels | None:
-        return noise_levels(self._base, self._timesteps, self._options.data_variance)
+        return noise_levels(self._base, self._timesteps, self._setting.data_variance)
 
     def scale(self, sample: Tensor, unscaled: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`scale_model_input` of the running loop."""
@@ -292,12 +294,15 @@ class Run:
         return by_sample.transpose(0, 1)
 
     def _wants_cost(self, window: Window[SchedulerSolver]) -> bool:
-        """Measured once for a shape, on a full window that the model has seen before (compiled and warm)."""
-        options = self._options
-        full = len(window.asked) > 1 and window.rounds == self._warm_after
-        return (
-            (options.check_cost or options.auto) and full and self._key(len(window.frontier)) not in self._memory.cost
-        )
+        """Measured once for a shape, on a sweep that the base model alone answers, and has seen one like it before.
+
+        That is nearly a full one, so that what a call costs whatever its rows weighs as it does in most sweeps.
+        """
+        options, points = self._options, len(window.asked)
+        if not (options.check_cost or options.auto) or self._key(len(window.frontier)) in self._memory.cost:
+            return False
+        warm = window.rounds - window.guided_rounds >= self._warm_after
+        return warm and not any(window.weights) and points > 1 and 2 * points >= self._size
 
     def _key(self, batch: int) -> tuple[int, int]:
         return (self._size, batch)
@@ -310,11 +315,12 @@ class Run:
         """Whether a run before (of this batch, or of any) showed that stepping aside is faster, and it may (`auto`)."""
         costs = self._memory.cost.items() if self._options.auto else ()
         fitting = (cost for (size, rows), cost in costs if size == self._size and batch in (rows, None))
-        return any(cost.speedup(self.points, self._expected()) < 1 for cost in fitting)
+        return any(cost.speedup(self.points, self._expected(cost)) < 1 for cost in fitting)
 
-    def _expected(self) -> float:
-        known = self._memory.sweeps.get((self.points, self._size))
-        return known or expected_sweeps(self.points, self._size)
+    def _expected(self, cost: Cost) -> float:
+        """Work of a run, in sweeps like the one that was measured."""
+        known = self._memory.evaluations.get((self.points, self._size))
+        return (known or expected_evaluations(self.points)) / cost.points
 
     def _step_aside_if_slower(self) -> None:
         """After the measured sweep: says that parallel sampling is slower here, or steps aside."""
@@ -325,16 +331,16 @@ class Run:
         if self._setting.ranks is not None:  # all ranks decide by the slowest one's clock, or they would part ways
             measured = self._setting.ranks.slowest(measured.to(self._window.frontier.device))
         single, sweep = measured.tolist()
-        cost = Cost(single, sweep, self._size)
+        cost = Cost(single, sweep, self._measured_points)
         self._measured = [0.0, 0.0]
         self._memory.cost[self._key(len(self._window.frontier))] = cost
-        if cost.speedup(self.points, self._expected()) >= 1:
+        if cost.speedup(self.points, self._expected(cost)) >= 1:
             return
         if self._options.auto:
             self._stepped_aside = True
             self._window.narrow(1)
         else:
-            warnings.warn(cost.warning(self.points, self._expected()), stacklevel=5)
+            warnings.warn(cost.warning(self.points, self._expected(cost)), stacklevel=5)
 
     def _how_it_ended(self, window: Window[SchedulerSolver]) -> str:
         if window.ended_early:
@@ -350,7 +356,7 @@ class Run:
             if self._options.warm_start:
                 self._memory.trajectory = window.trajectory
             if not self._stepped_aside:
-                self._memory.sweeps[self.points, self._size] = window.evaluations / self._size
+                self._memory.evaluations[self.points, self._size] = window.evaluations
         if self._stepped_aside and stopped != "interrupted":
             stopped = "stepped aside"
         cost = self._memory.cost.get(self._key(len(window.frontier)))

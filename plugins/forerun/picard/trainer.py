@@ -41,11 +41,7 @@ class Trainer:
     def __init__(
         self, source: Source, out: Path, training: Training, cache: Path | None, undone: contextlib.ExitStack
     ) -> None:
-        from accelerate import Accelerator
-
-        self.accelerator = Accelerator(
-            mixed_precision=training.mixed_precision, cpu=next(source.module.parameters()).device.type == "cpu"
-        )
+        self.accelerator = _accelerator(training, next(source.module.parameters()).device)
         self._source, self._out, self._training = source, out, training
         self._fingerprint = source.fingerprint()
         self._cache = None if cache is None else cache / self._fingerprint
@@ -58,7 +54,6 @@ class Trainer:
             source.checkpoint_gradients(True)
             undone.callback(source.checkpoint_gradients, False)
         self._adapted = self._adapt()
-        undone.callback(self._adapted.release)
         self._optimizer = torch.optim.Adam(self._adapted.parameters(), training.learning_rate)
         self._ema = {name: value.detach().clone() for name, value in self._adapted.named_parameters()}
         self._switch = Switch((0.0,) * training.ages, watch=False)
@@ -232,15 +227,12 @@ class Trainer:
         """`[N, ...]` of the base model, or of the change, on the CPU."""
         module, found = self._source.module, []
         device = next(module.parameters()).device
-        with contextlib.ExitStack() as stack:
-            ours = None if change is None else change.on(module)
-            if ours is not None:
-                stack.callback(ours.remove)
-            for start in range(0, len(rows), self._training.batch):
-                part = rows[torch.arange(start, min(start + self._training.batch, len(rows)))]
-                ask = partial(self._ask, module, part, finished)
-                answers: Tensor = ask() if ours is None else ours.answer(ask, torch.ones(len(part)), device)
-                found.append(answers.cpu())
+        ours = None if change is None else change.on(module)
+        for start in range(0, len(rows), self._training.batch):
+            part = rows[torch.arange(start, min(start + self._training.batch, len(rows)))]
+            ask = partial(self._ask, module, part, finished)
+            answers: Tensor = ask() if ours is None else ours.answer(ask, torch.ones(len(part)), device)
+            found.append(answers.cpu())
         return torch.cat(found)
 
     def _averaged(self) -> Lora | Weights:
@@ -252,6 +244,24 @@ class Trainer:
 
     def _held_out_seeds(self) -> list[int]:
         return list(range(_HELD_OUT, _HELD_OUT + self._training.held_out))
+
+
+def _accelerator(training: Training, device: torch.device) -> Any:
+    """accelerate's, for a model on a device.
+
+    Raises:
+        ValueError: It is not this process's device.
+    """
+    from accelerate import Accelerator
+
+    made = Accelerator(mixed_precision=training.mixed_precision, cpu=device.type == "cpu")
+    indices = {device.index, made.device.index} - {None}  # the CPU has one to some, none to others
+    if made.num_processes > 1 and (device.type != made.device.type or len(indices) > 1):
+        raise ValueError(
+            f"the model is on {device}, and process {made.process_index} of {made.num_processes} trains on "
+            f"{made.device}: load it after accelerate.PartialState(), onto its device"
+        )
+    return made
 
 
 def _best_switch(base: Tensor, pcm: Tensor, levels: NoiseLevels) -> Switch:

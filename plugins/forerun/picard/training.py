@@ -16,7 +16,7 @@ import contextlib
 from pathlib import Path
 from typing import Protocol
 
-from forerun.picard.consistency import Consistency
+from forerun.picard.consistency import Consistency, check_folder, files_of
 from forerun.picard.trainer import CHECKPOINT, Trainer
 from forerun.picard.training_choices import Source, Training
 
@@ -47,8 +47,10 @@ def train(
 
     Raises:
         ValueError: The checkpoint in `out` is of another training, or the module cannot be trained as asked.
+        FileExistsError: `out` holds a model or a LoRA that is no PCM's.
         OSError: The disk does not take the result; no broken file is left.
     """
+    check_folder(out, files_of(whole=training.full))  # now, not when the training is over
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as undone:
         trainer = Trainer(source, out, training, cache, undone)

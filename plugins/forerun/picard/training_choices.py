@@ -75,6 +75,11 @@ class Training:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a whole number from 1")
         if self.objective not in get_args(Objective):
             raise ValueError(f"objective is {self.objective!r}; give one of {', '.join(get_args(Objective))}")
+        if self.pool is not None and (not isinstance(self.pool, int) or self.pool < 1):
+            raise ValueError(f"pool is {self.pool!r}; give a whole number from 1, or None")
+        for name in ("learning_rate", "data_variance"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give a number above 0")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema!r}; give a number from 0 and below 1")
 

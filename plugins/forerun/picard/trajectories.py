@@ -47,8 +47,11 @@ class Trajectory:
     def save(self, path: Path) -> None:
         """Writes a safetensors file, whole or not at all."""
         leaves, structure = pytree.tree_flatten(dict(self.others))
+        # Cloned: arguments may be views of one tensor, or the same one twice, which the format does not take.
         tensors = {
-            f"others/{index}": leaf.contiguous() for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+            f"others/{index}": leaf.clone(memory_format=torch.contiguous_format)
+            for index, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
         }
         plain = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
         tensors |= {name: getattr(self, name).contiguous() for name in ("inputs", "answers", "times")}

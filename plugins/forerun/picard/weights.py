@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from forerun.picard.change import base_name
+
 __all__ = ["RowWeights", "Weights"]
 
 
@@ -39,35 +41,33 @@ class Weights:
         Raises:
             ValueError: The module has other parameters.
         """
-        places: dict[str, list[tuple[nn.Module, str]]] = {}
-        owners = dict(module.named_modules())
-        for name, _ in module.named_parameters(remove_duplicate=False):
-            owner, _, leaf = name.rpartition(".")
-            if "lora_" not in name:  # the user's own
-                places[name.replace(".base_layer", "")] = [(owners[owner], leaf)]
-        kind, wrong = type(module).__name__, sorted(self.values.keys() - places.keys())
+        named = {
+            base_name(name): parameter
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if "lora_" not in name  # the user's own
+        }
+        kind = type(getattr(module, "_orig_mod", module)).__name__
+        wrong = sorted(self.values.keys() - named.keys())
         if wrong:
             raise ValueError(f"{kind} has no parameter {', '.join(wrong[:3])} that the fine-tuned model changes")
         for name, value in self.values.items():
-            owner_module, leaf = places[name][0]
-            shape = getattr(owner_module, leaf).shape
+            shape = named[name].shape
             if shape != value.shape:
                 raise ValueError(f"the fine-tuned {name} is {list(value.shape)}, that of {kind} is {list(shape)}")
-        return RowWeights([(*places[name][0], value) for name, value in self.values.items()])
+        places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # several of a parameter that layers share
+        for owner in module.modules():
+            for leaf, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+                places.setdefault(parameter, []).append((owner, leaf))
+        return RowWeights([_Exchange(name, value, places[named[name]]) for name, value in self.values.items()])
 
 
 class RowWeights:
-    """Fine-tuned parameters that can take those of a module's place; outside of calls they do nothing.
-
-    Args:
-        entries: A part of the module, the name of a parameter in it, and the tensor to put there. A tensor that is an
-            `nn.Parameter` is put there itself: gradients come to it.
-    """
+    """Fine-tuned parameters that can take those of a module's place; outside of calls they do nothing."""
 
     mixes = False
 
-    def __init__(self, entries: list[tuple[nn.Module, str, Tensor]]) -> None:
-        self._entries = entries
+    def __init__(self, exchanges: list[_Exchange]) -> None:
+        self._exchanges = exchanges
 
     def answer(self, ask: Callable[[], Any], weights: Tensor, device: torch.device) -> Any:
         """What `ask` returns, its rows blended: `weights` `[rows]` of the fine-tuned model's answer, on the CPU."""
@@ -75,28 +75,68 @@ class RowWeights:
             theirs = ask()
         if bool((weights == 1).all()):
             return theirs
-        ours, moved = ask(), weights.to(device)
+        ours, moved = ask(), weights.to(device, non_blocking=True)
         return pytree.tree_map(lambda one, other: _blended(one, other, moved), ours, theirs)
 
     @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
-        """Within, the module has the fine-tuned parameters."""
-        before = [getattr(owner, name) for owner, name, _ in self._entries]
-        for index, ((owner, name, value), own) in enumerate(zip(self._entries, before, strict=True)):
-            if not isinstance(value, nn.Parameter):
-                value = nn.Parameter(value.to(own.device, own.dtype), requires_grad=False)
-                self._entries[index] = (owner, name, value)  # moved once
+        """Within, the module has the fine-tuned parameters.
+
+        Raises:
+            ValueError: A parameter is on no device (offloading layer by layer keeps them elsewhere between calls).
+        """
+        made = [(exchange.places, exchange.own, exchange.value()) for exchange in self._exchanges]
         try:
-            for owner, name, value in self._entries:
-                setattr(owner, name, value)
+            for places, _, value in made:
+                _put(places, value)
             yield
         finally:
-            for (owner, name, _), own in zip(self._entries, before, strict=True):
-                setattr(owner, name, own)
+            for places, own, _ in made:
+                _put(places, own)
 
-    def remove(self) -> None:
-        """Lets go of the parameters."""
-        self._entries = []
+
+class _Exchange:
+    """A parameter of the module, everywhere it stands, and the value that takes its place.
+
+    Args:
+        name: Of the parameter.
+        tuned: The value. One that is trained keeps its own precision; gradients come to it.
+        places: A part of the module, and the parameter's name there.
+    """
+
+    def __init__(self, name: str, tuned: Tensor, places: list[tuple[nn.Module, str]]) -> None:
+        self._name, self._tuned, self.places = name, tuned, places
+        self._placed: nn.Parameter | None = None
+
+    @property
+    def own(self) -> nn.Parameter:
+        """The module's."""
+        owner, leaf = self.places[0]
+        found: nn.Parameter | None = owner._parameters[leaf]
+        assert found is not None
+        return found
+
+    def value(self) -> Tensor:
+        """The fine-tuned one, where the module's own is and in its precision."""
+        own = self.own
+        if own.is_meta:
+            raise ValueError(
+                f"{self._name} is on no device between the model's calls, as under sequential offloading: a Picard "
+                "Consistency Model that is a whole model cannot take its place. Use enable_model_cpu_offload(), or one "
+                "that is a LoRA"
+            )
+        if self._tuned.requires_grad:
+            return self._tuned.to(own.device, own.dtype)
+        placed = self._placed
+        if placed is None or (placed.device, placed.dtype) != (own.device, own.dtype):  # moved once, or with the module
+            self._placed = placed = nn.Parameter(self._tuned.to(own.device, own.dtype), requires_grad=False)
+        return placed
+
+
+def _put(places: list[tuple[Any, str]], value: Tensor) -> None:
+    """Past `setattr`, which takes nothing but an `nn.Parameter`: in training it may be a cast of one."""
+    for owner, leaf in places:
+        owner._parameters[leaf] = value
 
 
 def _blended(one: Any, other: Any, weights: Tensor) -> Any:
