@@ -25,6 +25,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import CustomTopologyData
 
 from forerun.dlrm.report import Report
 from forerun.dlrm.torchrec import DLRMPlanner
@@ -67,10 +68,22 @@ def tables(rows: Iterable[int], dim: int) -> torch.nn.Module:
     return torch.nn.Sequential(EmbeddingBagCollection(tables=configs, device=torch.device("meta")))
 
 
-def planner_arguments(ranks: int, hotness: Sequence[float], local: int = 8, **constraints: Any) -> dict[str, Any]:
-    """What both planners are given: GPUs of 80 GB, `local` of them on a host, the lookups per sample of each table."""
+def planner_arguments(
+    ranks: int, hotness: Sequence[float], local: int = 8, memory: Sequence[int] = (80,), **constraints: Any
+) -> dict[str, Any]:
+    """What both planners are given: GPUs, `local` of them on a host, the lookups per sample of each table.
+
+    Args:
+        ranks: GPUs.
+        hotness: Lookups per sample.
+        local: GPUs of a host.
+        memory: GB of the GPUs, over again from the first where there are more of them.
+        constraints: Further ones, of every table.
+    """
+    each = [memory[rank % len(memory)] * 1024**3 for rank in range(ranks)]
+    unequal = {"custom_topology_data": CustomTopologyData({"hbm_cap": each}, ranks)} if len(set(each)) > 1 else {}
     return {
-        "topology": Topology(ranks, "cuda", hbm_cap=80 * 1024**3, local_world_size=min(local, ranks)),
+        "topology": Topology(ranks, "cuda", hbm_cap=each[0], local_world_size=min(local, ranks), **unequal),
         "batch_size": BATCH // ranks,
         "constraints": {
             f"t{i}": ParameterConstraints(pooling_factors=[float(h)], **constraints) for i, h in enumerate(hotness)

@@ -1,9 +1,9 @@
 """torchrec's planner and DLRMPlanner: ratings against the lower bound, and seconds of the whole `plan()`.
 
-MLPerf's DLRMv2 on 8 to 128 ranks, with column-wise cuts of 64, and with 2 and 4 ranks a host; synthetic models of up to
-2000 tables on 128 ranks, made from a seed. torchrec's planner has a time limit of 60 s; with 1000 tables it only lists
-its options, with 2000 it is not run. Writes `results/dlrm.json` and a picture beside it. Cases that are not named keep
-what an earlier run wrote.
+MLPerf's DLRMv2 on 8 to 128 ranks, with column-wise cuts of 64, with 2 and 4 ranks a host, and with less memory on every
+other rank; synthetic models of up to 2000 tables on 128 ranks, made from a seed, also with time limits. torchrec's
+planner has a time limit of 60 s; with 1000 tables it only lists its options, with 2000 it is not run. Writes
+`results/dlrm.json` and a picture beside it. Cases that are not named keep what an earlier run wrote.
 
     python examples/benchmarks/dlrm.py [--cases mlperf-8,synthetic-100x8]
 """
@@ -16,7 +16,8 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 from measurement import comparison, provenance
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.types import PlannerError
 
 from forerun.dlrm.torchrec import DLRMPlanner
 
@@ -48,11 +50,13 @@ class Case:
     dim: int = DIM
     local: int = 8  # ranks a host
     min_partition: int | None = None  # columns of the narrowest shard; None: torchrec's default
+    memory: Sequence[int] = (80,)  # GB of the ranks, over again where there are more
+    limit: float | None = None  # timeout_seconds of DLRMPlanner
     peer: str = "plan"  # what torchrec does: "plan", "enumerate" (list the options only), or "not run"
 
     def arguments(self) -> dict[str, Any]:
         narrow = {} if self.min_partition is None else {"min_partition": self.min_partition}
-        return planner_arguments(self.ranks, self.hotness, self.local, **narrow)
+        return planner_arguments(self.ranks, self.hotness, self.local, self.memory, **narrow)
 
 
 def synthetic(count: int, ranks: int, peer: str, seed: int = 0) -> Case:
@@ -67,10 +71,15 @@ CASES = [
     *(Case(f"mlperf-{ranks}", ranks) for ranks in (8, 16, 64, 128)),
     *(Case(f"mlperf-{ranks} columns of 64", ranks, min_partition=64) for ranks in (8, 16)),
     *(Case(f"mlperf-16 hosts of {local}", 16, local=local) for local in (2, 4)),
+    *(Case(f"mlperf-{ranks} of 80 and 24 GB", ranks, memory=(80, 24)) for ranks in (8, 16)),
     synthetic(100, 8, "plan"),
     synthetic(200, 16, "plan"),
     synthetic(1000, 16, "enumerate"),
     synthetic(2000, 128, "not run"),
+    *(
+        replace(synthetic(tables, ranks, "not run"), name=f"synthetic-{tables}x{ranks} in {limit} s", limit=limit)
+        for tables, ranks, limit in ((1000, 16, 1), (1000, 16, 3), (2000, 128, 2), (2000, 128, 5), (2000, 128, 10))
+    ),
 ]
 
 
@@ -80,8 +89,8 @@ class Row(NamedTuple):
     case: str
     tables: int
     ranks: int
-    rating: float  # ms, of DLRMPlanner's plan
-    bound: float  # no plan's rating is lower (ms)
+    rating: float | None  # ms, of DLRMPlanner's plan; None: the time limit was too short for one
+    bound: float | None  # no plan's rating is lower (ms); None: the time limit left options out
     search: str  # who found DLRMPlanner's plan
     seconds: float  # of its plan()
     enumeration_seconds: float  # of them, to list the options
@@ -89,6 +98,7 @@ class Row(NamedTuple):
     peer_seconds: float | None
     peer_enumeration_seconds: float | None
     peer: str  # "plan", "enumerate", "not run"
+    limit: float | None = None  # DLRMPlanner's time limit (s)
 
 
 class Timed(EmbeddingEnumerator):
@@ -106,13 +116,12 @@ class Timed(EmbeddingEnumerator):
 def measured(case: Case) -> Row:
     """Plans one case with DLRMPlanner, then with torchrec's planner as far as the case says."""
     module = tables(case.rows, case.dim)
-    ours = DLRMPlanner(**case.arguments())
+    ours = DLRMPlanner(**case.arguments(), timeout_seconds=case.limit)
     began = time.perf_counter()
-    ours.plan(module, SHARDERS)
+    with suppress(PlannerError) if case.limit is not None else nullcontext():
+        ours.plan(module, SHARDERS)
     seconds = time.perf_counter() - began
     report = ours.report
-    assert report is not None
-    assert report.bound is not None
     peer_rating = peer_seconds = peer_listing = None
     if case.peer != "not run":
         given = case.arguments()
@@ -130,15 +139,16 @@ def measured(case: Case) -> Row:
         case.name,
         len(case.rows),
         case.ranks,
-        report.rating,
-        report.bound,
-        report.search,
+        report and report.rating,
+        report and report.bound,
+        report.search if report else "the time limit was too short",
         seconds,
-        report.enumeration_seconds,
+        report.enumeration_seconds if report else seconds,
         peer_rating,
         peer_seconds,
         peer_listing,
         case.peer,
+        case.limit,
     )
 
 
@@ -146,14 +156,17 @@ def as_result(rows: Sequence[Row], command: str) -> dict[str, Any]:
     """The file's content: comparisons `ours` against `peer` (a ratio above 1: ours is better), and every row."""
     comparisons = []
     for row in rows:
-        comparisons.append(comparison(row.case, "ms", row.rating, row.bound, "lower bound", row.bound))
+        if row.rating is not None and row.bound is not None:
+            comparisons.append(comparison(row.case, "ms", row.rating, row.bound, "lower bound", row.bound))
+        if row.limit is not None:
+            comparisons.append(comparison(row.case, "seconds", row.seconds, row.limit, "time limit", row.limit + 1))
         pairs = (
             ("ms", row.rating, row.peer_rating, row.bound),
             ("seconds", row.seconds, row.peer_seconds, None),
             ("enumeration seconds", row.enumeration_seconds, row.peer_enumeration_seconds, None),
         )
         for unit, ours, theirs, bound in pairs:
-            if theirs is not None:
+            if theirs is not None and ours is not None:
                 comparisons.append(comparison(row.case, unit, ours, theirs, "torchrec", bound))
     return {
         **provenance(torch.device("cpu"), _PACKAGES, command),
@@ -172,7 +185,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     places = np.arange(len(rows))
     for offset, name, colour, shares, took in (
         (-0.2, "torchrec", "C7", [_over(row.peer_rating, row.bound) for row in rows], [r.peer_seconds for r in rows]),
-        (0.2, "forerun", "C0", [row.rating / row.bound for row in rows], [row.seconds for row in rows]),
+        (0.2, "forerun", "C0", [_over(row.rating, row.bound) for row in rows], [row.seconds for row in rows]),
     ):
         for axes, values in ((gaps, shares), (seconds, took)):
             heights = [np.nan if value is None else value for value in values]
@@ -186,8 +199,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _over(rating: float | None, bound: float) -> float | None:
-    return None if rating is None else rating / bound
+def _over(rating: float | None, bound: float | None) -> float | None:
+    return None if rating is None or bound is None else rating / bound
 
 
 def main() -> None:
@@ -208,11 +221,10 @@ def main() -> None:
     for case in cases:
         found[case.name] = row = measured(case)
         theirs = "not run" if row.peer_rating is None else f"{row.peer_rating:.4f} in {row.peer_seconds:.1f} s"
-        gap = row.rating / row.bound - 1
-        print(
-            f"{case.name}: {row.rating:.4f} ({gap:.2%} above the bound) in {row.seconds:.1f} s; torchrec {theirs}",
-            flush=True,
-        )
+        over = _over(row.rating, row.bound)
+        gap = "no bound" if over is None else f"{over - 1:.2%} above the bound"
+        rating = "no plan" if row.rating is None else f"{row.rating:.4f}"
+        print(f"{case.name}: {rating} ({gap}) in {row.seconds:.1f} s; torchrec {theirs}", flush=True)
         rows = [found[case.name] for case in CASES if case.name in found]
         file.write_text(json.dumps(as_result(rows, command), indent=1) + "\n")
     draw(rows, options.out / "dlrm.png")

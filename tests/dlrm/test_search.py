@@ -1,6 +1,7 @@
 """Known answers, what does not fit, other planners' plans, and how the work grows."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,19 @@ def test_the_programme_proves_or_improves_a_plan_of_few_tables():
     assert result.proven
     assert result.gap == 0
     assert lower_bound(problem) <= result.bound <= result.plan.rating <= quick.plan.rating
+
+
+def test_ranks_of_unlike_memory_are_proved_by_those_of_the_most():
+    problem = synthetic(8, 4, ranks_per_host=4)
+    capacity = problem.capacity.copy()
+    capacity[::2] //= 2
+    unlike = replace(problem, capacity=capacity)
+    result = best_plan(unlike, work=300_000)
+    validate(unlike, result.plan)
+    solved = solve(unlike, start=None, deadline=time.monotonic() + 60)
+    assert result.proven
+    assert result.plan.rating == pytest.approx(solved.plan.rating, rel=1e-7)
+    assert result.bound <= solved.plan.rating * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("fill", [0.3, 0.9])

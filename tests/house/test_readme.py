@@ -88,9 +88,9 @@ def dlrm_table() -> list[str]:
         peer = "not run"
         if row["peer_rating"] is not None:
             peer = f"{row['peer_rating']:.4f} in {row['peer_seconds']:.1f} s"
-        gap = max(0.0, row["rating"] / row["bound"] - 1)
-        ours = f"**{row['rating']:.4f}** in {row['seconds']:.1f} s"
-        rows.append(f"| {row['case']} | {peer} | {ours} | {row['bound']:.4f} | {gap:.2%} |")
+        ours = "no plan" if row["rating"] is None else f"**{row['rating']:.4f}**"
+        bound = "- | -" if row["bound"] is None else f"{row['bound']:.4f} | {row['rating'] / row['bound'] - 1:.2%}"
+        rows.append(f"| {row['case']} | {peer} | {ours} in {row['seconds']:.1f} s | {bound} |")
     return rows
 
 
@@ -124,4 +124,4 @@ def test_a_measured_sentence_is_the_benchmarks(sentence: Callable[[], str]) -> N
 def test_no_planned_case_is_worse_than_torchrecs() -> None:
     measured = json.loads((_RESULTS / "dlrm.json").read_text())["measured"]
     assert all(row["rating"] <= row["peer_rating"] * (1 + 1e-9) for row in measured if row["peer_rating"] is not None)
-    assert all(row["bound"] <= row["rating"] * (1 + 1e-9) for row in measured)
+    assert all(row["bound"] <= row["rating"] * (1 + 1e-9) for row in measured if row["bound"] is not None)

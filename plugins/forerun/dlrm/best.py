@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from forerun.dlrm.bound import lower_bound
-from forerun.dlrm.exact import columns, solve
+from forerun.dlrm.exact import Solved, columns, solve
 from forerun.dlrm.infeasible import Infeasible
 from forerun.dlrm.problem import Plan, Problem, validate
 from forerun.dlrm.search import search
@@ -91,14 +91,14 @@ def best_plan(
             raise
         failure = misfit
     bound, proven = lower_bound(problem), False
-    exact = columns(problem, np.inf if start is None else start.rating) <= exact_columns
-    if exact and (start is None or start.rating > bound * (1 + _CLOSE)):
+    size = columns(problem, np.inf if start is None else start.rating)
+    if size <= exact_columns and (start is None or start.rating > bound * (1 + _CLOSE)):
+        nodes = None
         if deadline is None:
-            branched = columns(problem, np.inf if start is None else start.rating) <= _BRANCHED
             root = 0 if start is not None else 1
-            solved = solve(problem, start=start, deadline=None, nodes=exact_nodes if branched else root)
-        else:
-            solved = solve(problem, start=start, deadline=min(deadline, time.monotonic() + exact_seconds))
+            nodes = exact_nodes if size <= _BRANCHED else root
+        until = None if deadline is None else min(deadline, time.monotonic() + exact_seconds)
+        solved = _solved(problem, start, until, nodes)
         bound, proven = max(bound, solved.bound), solved.optimal
         if solved.plan is not None and solved.plan is not start:
             start, source = solved.plan, "exact"
@@ -112,3 +112,19 @@ def best_plan(
         assert failure is not None  # a search that does not fail gives a plan
         raise failure
     return Result(start, bound, proven or start.rating <= bound * (1 + _CLOSE), source)
+
+
+def _solved(problem: Problem, start: Plan | None, deadline: float | None, nodes: int | None) -> Solved:
+    """The integer programme's answer; ranks of unlike memory are asked first as if all had the most.
+
+    No plan of the ranks as they are rates less than the best of those, which is far quicker to prove: like ranks may
+    change places.
+    """
+    most = np.broadcast_to(problem.capacity.max(0), problem.capacity.shape)
+    bound = 0.0
+    if start is not None and (most != problem.capacity).any():
+        bound = solve(replace(problem, capacity=most.copy()), start=start, deadline=deadline, nodes=nodes).bound
+        if start.rating <= bound * (1 + _CLOSE):
+            return Solved(start, bound, True)
+    solved = solve(problem, start=start, deadline=deadline, nodes=nodes)
+    return replace(solved, bound=max(bound, solved.bound))

@@ -149,19 +149,23 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         check_constraints(self._constraints)
         if isinstance(self._enumerator, FastEnumerator):
             self._enumerator.clock = self._last.clock
+        with kept():
+            plan = self._planned(module, sharders)
+            best: list[Any] = self._best_plan or []
+            if not best:
+                check_tables([], self._constraints, strict=self._strict)
+            self.report = self._reported(tuple(sharding_of(option, self._cost) for option in best), *self._rated(best))
+        return plan
+
+    def _planned(self, module: Any, sharders: list[Any]) -> Any:
+        """torchrec's own `plan`, with the search of this one in it."""
         try:
-            with kept():
-                plan = super().plan(module, sharders)
+            return super().plan(module, sharders)
         except Exception as error:
             kind = host.no_plan(error) if self._num_plans == 0 else None
             if self._last.shortage is None or kind is None:
                 raise
             raise host.planner_error(kind, f"{self._last.shortage}\n{error}") from error
-        best: list[Any] = self._best_plan or []
-        if not best:
-            check_tables([], self._constraints, strict=self._strict)
-        self.report = self._reported(tuple(sharding_of(option, self._cost) for option in best), *self._rated(best))
-        return plan
 
     def collective_plan(
         self, module: Any, sharders: list[Any] | None = None, pg: dist.ProcessGroup | None = None
@@ -260,14 +264,15 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
         last = self._last
         if last.options is None:
             return rating, "nobody: no table to shard" if not best else "the plan loader"
-        search = "forerun" if _places(best) == last.places else "torchrec's search"
+        ours = _places(best) == last.places  # then its options are listed ones
+        search = "forerun" if ours else "torchrec's search"
         if not self._searches:
             if self._makespan and last.clock.searches:
                 last.bound = lower_bound(self._the_space().problem)
             search += f", with {type(self._partitioner).__name__}"
         if last.left_out:
             search += f", without {last.left_out} options that the time limit left out"
-        if last.left_out or (best and not self._the_space().lists(best)):
+        if last.left_out or not (ours or self._the_space().lists(best)):
             last.bound = None  # it holds for plans of the options that were listed
         elif last.bound is not None and rating < last.bound <= rating * (1 + 1e-9):
             last.bound = rating  # sums of the same costs in another order
