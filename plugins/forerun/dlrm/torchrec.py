@@ -61,7 +61,7 @@ class DLRMPlanner(host.EmbeddingShardingPlanner):  # type: ignore[misc]
 
     Args:
         topology: As torchrec's planner takes it, and all arguments up to `plan_loader`.
-        timeout_seconds: Listing the options counts too: those that are not estimated after two fifths of the time are
+        timeout_seconds: Listing the options counts too: those that are not estimated after half of the time are
             left out, the plainest of each table last. A user's own enumerator is not cut short.
         strict: Constraints that name no table, or one of several modules, are errors; else they are warnings.
         asks_torchrec: Whether torchrec's own search runs as well, and the better plan is taken. None: where it takes

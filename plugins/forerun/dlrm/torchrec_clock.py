@@ -6,7 +6,7 @@ import time
 
 __all__ = ["Clock"]
 
-_LISTING = 0.4  # share of the limit after which options that have no estimate yet are left out
+_LISTING = 0.5  # share of the limit after which options that have no estimate yet are left out
 _AFTERWARDS = 0.1  # share that is kept for what comes after the search: copies, statistics, validation,
 _AFTERWARDS_OF_LISTING = 0.4  # or share of the time that listing took, if that is longer
 
