@@ -10,6 +10,8 @@ gives the first token and holds the whole cache, so it decodes on.
     partition.py  the split whose first token comes soonest, one engine included
     table.py      splits kept per model, hardware and number of engines; prompts between rows; refinement
     traffic.py    bytes and dot products by formula
+    wire.py, stream.py   what engines say to each other: handshake, frames; sockets on which it ends in time
+    mailbox.py, transport.py   keys and values from an engine to the next, and what came and was not taken yet
     picture.py    a split explained: table and timeline
     commands.py   `forerun runahead …`
 
