@@ -3,7 +3,7 @@
 The map, one line a room:
 
 - `forerun.picard`: parallel-in-time diffusion sampling; `forerun.picard.diffusers.PicardScheduler` is its drop-in.
-- `forerun.runahead`: splits a long prompt over several engines (KV-Runahead); `forerun runahead plan` explains how.
+- `forerun.runahead`: a long prompt's first token from several vLLM engines; its connector is here, its front not yet.
 """
 
 __all__ = ["__version__"]

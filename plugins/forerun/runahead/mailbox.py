@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from threading import Condition
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from forerun.runahead.wire import Piece
 
 __all__ = ["Arrival", "Mailbox"]
 
-_REMEMBERED = 4096  # chains whose later frames are not wanted
+_REMEMBERED = 4096  # chains that are over, or were broken off
 
 
 class Arrival(NamedTuple):
@@ -33,6 +34,7 @@ class Mailbox:
         self._capacity, self._keep = capacity, keep
         self._held: OrderedDict[bytes, dict[int, list[Arrival]]] = OrderedDict()
         self._came: dict[bytes, float] = {}  # a chain's latest arrival
+        self._broken: OrderedDict[bytes, None] = OrderedDict()
         self._unwanted: OrderedDict[bytes, None] = OrderedDict()
         self._changed = Condition()
         self.bytes = 0
@@ -58,10 +60,41 @@ class Mailbox:
         with self._changed:
             return self._covered(chain, layer, start, end)
 
-    def take(self, chain: bytes, layer: int, start: int, end: int, timeout: float) -> list[Arrival] | None:
-        """All arrivals of a layer once they hold the tokens from `start` up to `end`; None if that takes too long."""
+    def reach(self) -> dict[bytes, int]:
+        """Of each chain, up to which token its first layer is there without a gap."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._covered(chain, layer, start, end), timeout):
+            return {chain: self._reached(chain, 0, 0) for chain in self._held}
+
+    def break_off(self, chains: Iterable[bytes]) -> None:
+        """Nothing more will come for these chains; whoever waits for them need not."""
+        with self._changed:
+            self._broken.update((chain, None) for chain in chains if chain not in self._unwanted)
+            while len(self._broken) > _REMEMBERED:
+                self._broken.popitem(last=False)
+            self._changed.notify_all()
+
+    @property
+    def broken(self) -> frozenset[bytes]:
+        """Chains that were broken off and are not finished."""
+        with self._changed:
+            return frozenset(self._broken)
+
+    def wait(self, timeout: float) -> None:
+        """Returns once something comes, or the time is over."""
+        with self._changed:
+            self._changed.wait(timeout)
+
+    def take(self, chain: bytes, layer: int, start: int, end: int, timeout: float) -> list[Arrival] | None:
+        """All arrivals of a layer once they hold the tokens from `start` up to `end`.
+
+        None if that takes too long, or the chain was broken off before.
+        """
+
+        def settled() -> bool:
+            return self._covered(chain, layer, start, end) or chain in self._broken
+
+        with self._changed:
+            if not self._changed.wait_for(settled, timeout) or not self._covered(chain, layer, start, end):
                 return None
             taken = self._held[chain].pop(layer)
             self.bytes -= sum(arrival.payload.nbytes for arrival in taken)
@@ -73,16 +106,20 @@ class Mailbox:
         """Drops what a chain has here and what will come for it."""
         with self._changed:
             self._forget(chain)
+            self._broken.pop(chain, None)
             self._unwanted[chain] = None
             while len(self._unwanted) > _REMEMBERED:
                 self._unwanted.popitem(last=False)
 
     def _covered(self, chain: bytes, layer: int, start: int, end: int) -> bool:
+        return layer in self._held.get(chain, {}) and self._reached(chain, layer, start) >= end
+
+    def _reached(self, chain: bytes, layer: int, start: int) -> int:
         reached = start
         for arrival in sorted(self._held.get(chain, {}).get(layer, ()), key=lambda arrival: arrival.piece):
             if arrival.piece.start <= reached:
                 reached = max(reached, arrival.piece.end)
-        return reached >= end and layer in self._held.get(chain, {})
+        return reached
 
     def _forget(self, chain: bytes) -> None:
         for arrivals in self._held.pop(chain, {}).values():

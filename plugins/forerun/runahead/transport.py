@@ -28,6 +28,7 @@ _logger = logging.getLogger(__name__)
 _BACKOFF = (0.05, 2.0)  # seconds before another try, at first and at most
 _HANDSHAKE = 5.0  # seconds
 _CONNECTIONS = 64  # at a time
+_CHAINS = 64  # the latest of a connection, which break off with it
 
 Address = tuple[str, int]
 
@@ -130,11 +131,14 @@ class Receiver:
 
     def _serve(self, connection: socket.socket) -> None:
         stream = SocketStream(connection, _HANDSHAKE)
+        chains: deque[bytes] = deque(maxlen=_CHAINS)
         try:
             session = admit(stream, self._peer.secret, self._peer.model)
             stream.timeout = self._peer.timeout
             while stream.wait(self._closed.is_set):
-                self._receive(stream, session)
+                chain = self._receive(stream, session)
+                if chain not in chains:
+                    chains.append(chain)
         except Refused as error:
             self._refuse(error.reason, error)
         except BrokenFrame as error:
@@ -143,9 +147,10 @@ class Receiver:
             self._refuse("incomplete", error)
         finally:
             stream.close()
+            self.mailbox.break_off(chains)
             self._slots.release()
 
-    def _receive(self, stream: SocketStream, session: Session) -> None:
+    def _receive(self, stream: SocketStream, session: Session) -> bytes:
         header = session.open(stream.read(session.header_size), self._peer.limit)
         if header.passed:
             payload = read_passed(stream.take_file(), header.bytes)
@@ -155,6 +160,7 @@ class Receiver:
             session.check(payload, stream.read(session.mac_size))
         self.bytes += header.bytes
         self.mailbox.put(Arrival(header.piece, payload))
+        return header.piece.chain
 
     def _refuse(self, reason: str, error: Exception) -> None:
         if not self._closed.is_set():
