@@ -45,6 +45,16 @@ def make_model(folder, *, layers=3, heads=4, kv_heads=2, head_size=32, dtype="fl
     return str(folder)
 
 
+def make_tokenizer(folder):
+    """A tokenizer of one word a token, beside the model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+
+
 class Engine:
     """One engine; `begin` a batch of requests, then `finish` it."""
 

@@ -249,6 +249,27 @@ def test_a_full_queue_to_the_engine_after_leaves_what_comes_from_before():
         b.relay.close()
 
 
+def test_neighbours_are_bounded(workers, monkeypatch):
+    """As many as a client may name: idle ones make room; where none is idle, the chain is left to compute itself."""
+    monkeypatch.setattr("forerun.runahead.relay._NEIGHBOURS", 1)
+    a, truth = Worker(0), make_truth(8)
+    try:
+        for worker in workers[:2]:
+            chain = os.urandom(16)
+            a.compute(truth, Part(stage(chain, 0, 8, worker.relay.address), a.order, None, (0, 8)), 0, 8)
+            assert worker.relay.receiver.mailbox.take(chain, LAYERS - 1, 0, 8, 5.0)
+            (sender,) = a.relay._senders.values()
+            assert sender.flush(5)
+        lost = Part(stage(os.urandom(16), 0, 8, ("127.0.0.1", 9)), a.order, None, (0, 8))
+        a.compute(truth, lost, 0, 8)
+        sent = a.relay.counted["bytes_sent"]
+        a.compute(truth, Part(stage(os.urandom(16), 0, 8, workers[0].relay.address), a.order, None, (0, 8)), 0, 8)
+        assert a.relay.counted["bytes_sent"] == sent
+        assert len(a.relay._senders) == 1
+    finally:
+        a.relay.close()
+
+
 def test_what_was_computed_from_another_requests_failed_load_is_not_sent(workers):
     """Two requests of one step share a prefix whose load fails: the second's own tokens are as false as the first's."""
     b, c, one, two = Worker(5, timeout=0.2), workers[2], os.urandom(16), os.urandom(16)

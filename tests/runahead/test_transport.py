@@ -18,7 +18,7 @@ import pytest
 from forerun.runahead.mailbox import Arrival, Mailbox
 from forerun.runahead.stream import SocketStream, passed_file
 from forerun.runahead.transport import Peer, Receiver, Sender, parse_address
-from forerun.runahead.wire import Piece, Refused, Session, greet, identity
+from forerun.runahead.wire import Piece, Refused, Session, admit, greet, identity
 
 SECRET, MODEL, CHAIN = b"between us", identity("tiny", 2, "float32"), b"c" * 16
 PEER = Peer(SECRET, MODEL, timeout=2.0, limit=1 << 20, capacity=1 << 24)
@@ -367,6 +367,21 @@ def test_a_sender_that_is_killed_leaves_whole_frames_only(send_to, by):
         process.kill()
         process.wait(10)
         receiver.close()
+
+
+def test_a_sender_closes_at_once_in_the_midst_of_a_frame(receiver):
+    patient = Peer(SECRET, MODEL, timeout=60, limit=1 << 28, capacity=1 << 30)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        sender = Sender(patient, deaf.getsockname(), "tcp")
+        sender.send(Piece(CHAIN, 0, 0, 1), memoryview(bytes(1 << 26)))
+        connection, _ = deaf.accept()
+        with connection:
+            admit(SocketStream(connection, 5), SECRET, MODEL)
+            time.sleep(0.3)  # the frame fills the socket
+            began = time.monotonic()
+            sender.close()
+            assert time.monotonic() - began < 3
+            assert not sender._thread.is_alive()
 
 
 def test_a_closed_receiver_leaves_no_thread_and_no_socket():

@@ -19,6 +19,7 @@ from forerun.runahead.wire import Piece
 __all__ = ["Relay"]
 
 _logger = logging.getLogger(__name__)
+_NEIGHBOURS = 64  # engines that are sent to at a time
 
 
 class Relay:
@@ -161,13 +162,22 @@ class Relay:
     def _send(self, part: Part, piece: Piece, payload: memoryview) -> None:
         if part.stage.next is None or not self._may_send(part):
             return
-        follows = (part.stage.next[0], part.stage.next[1] + self._rank)
-        if follows not in self._senders:
-            self._senders[follows] = Sender(self._peer, follows, self._by)
-        if self._senders[follows].send(piece, payload):
+        sender = self._sender((part.stage.next[0], part.stage.next[1] + self._rank))
+        if sender is not None and sender.send(piece, payload):
             self.counted["bytes_sent"] += payload.nbytes
         else:
             self._muted.add(part.stage.chain)
+
+    def _sender(self, address: Address) -> Sender | None:
+        """The sender to an engine; None if there are too many that still have to send, as a client may name any."""
+        if address not in self._senders:
+            if len(self._senders) >= _NEIGHBOURS:
+                idle = next((other for other, sender in self._senders.items() if sender.flush(0)), None)
+                if idle is None:
+                    return None
+                self._senders.pop(idle).close()
+            self._senders[address] = Sender(self._peer, address, self._by)
+        return self._senders[address]
 
     def _may_send(self, part: Part) -> bool:
         """Whether what the request has is right: no block of it failed to load, for itself or for another.

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 __all__ = ["SocketStream", "passed_file", "read_passed"]
 
@@ -113,6 +114,11 @@ class SocketStream:
             return False
         except OSError:
             return True
+
+    def abort(self) -> None:
+        """Ends the connection, and whatever call another thread is in; to be closed all the same."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for file in self._files:

@@ -87,6 +87,7 @@ class Receiver:
         self.mailbox = Mailbox(peer.capacity, 10 * peer.timeout)
         self.refused: Counter[str] = Counter()  # by reason
         self.bytes = 0
+        self._counting = threading.Lock()
         self._closed = threading.Event()
         self._slots = threading.BoundedSemaphore(_CONNECTIONS)
         tcp = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
@@ -158,13 +159,15 @@ class Receiver:
             payload = np.empty(header.bytes, np.uint8).data  # not bytearray: that would be zeroed first
             stream.read_into(payload)
             session.check(payload, stream.read(session.mac_size))
-        self.bytes += header.bytes
+        with self._counting:
+            self.bytes += header.bytes
         self.mailbox.put(Arrival(header.piece, payload))
         return header.piece.chain
 
     def _refuse(self, reason: str, error: Exception) -> None:
         if not self._closed.is_set():
-            self.refused[reason] += 1
+            with self._counting:
+                self.refused[reason] += 1
             level = logging.WARNING if self.refused[reason] == 1 else logging.DEBUG  # no peer fills the log
             _logger.log(level, "a peer was refused (%s): %s", reason, error)
 
@@ -220,7 +223,9 @@ class Sender:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(2 * self._peer.timeout)
+        if (connection := self._connection) is not None:
+            connection[0].abort()  # it may be in the midst of a frame that nobody takes
+        self._thread.join(2 * _HANDSHAKE)
 
     def _run(self) -> None:
         pause = _BACKOFF[0]

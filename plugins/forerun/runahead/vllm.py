@@ -11,7 +11,8 @@ prompt up to the end of its own context, at once, with `kv_transfer_params`
     {"runahead": {"chain": 32 hex digits, "start": tokens before its context, "end": its end, "next": "host:port"}}
 
 the last engine the whole prompt and no `next`; it gives the answer. The others are asked for one token. A request
-without these parameters is served as if the connector were not there.
+without these parameters is served as if the connector were not there. What engines say to each other is authenticated
+by the secret, not encrypted; whom a request names as `next` learns nothing without it.
 
 Where vLLM calls it: the scheduler before it admits a request (`get_num_new_matched_tokens`), and every attention layer
 between the write of its own keys and values and attention (`wait_for_layer_load`).
