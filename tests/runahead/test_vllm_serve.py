@@ -1,4 +1,4 @@
-"""The connector in `vllm serve`, as the README has it: several processes an engine, HTTP, Prometheus."""
+"""The connector in vLLM's server: several processes an engine, HTTP, Prometheus."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Server:
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"listen": self.listen, "timeout": 60},
         }
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "tiny"]
+        # The `vllm` command of the CPU build asks for the metadata of a distribution named vllm, and ends.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        command += ["--served-model-name", "tiny"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--block-size", "32"]
         command += ["--max-model-len", "1024", "--enforce-eager", "--kv-transfer-config", json.dumps(transfer)]
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
