@@ -53,7 +53,9 @@ def plan(
         if picture is not None:
             draw(chain, split, picture, cached=cached)
     except (ImportError, OSError, ValueError) as error:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, ModuleNotFoundError):
+            reason += ": pip install 'forerun[vllm]'"
         typer.echo(f"forerun runahead plan: {reason}", err=True)
         raise typer.Exit(1) from error
     Console().print(explain(chain, split, cached=cached))

@@ -52,7 +52,7 @@ def draw(chain: Chain, split: Split, path: str | Path, *, cached: int = 0) -> No
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
+        raise ImportError("pictures need matplotlib: pip install 'forerun[vllm]'") from error
     times = chain.timeline(split.contexts, cached)
     engines = len(split.contexts)
     figure = Figure(figsize=(9, 1.2 + 0.5 * engines), layout="constrained")
