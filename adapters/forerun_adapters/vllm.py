@@ -113,6 +113,6 @@ def scheduled(output: Any) -> Iterator[Scheduled]:
         yield Scheduled(request, cached.num_computed_tokens[i], tokens, blocks, request in cached.resumed_req_ids)
 
 
-def forget(manager: Any, blocks: list[int]) -> None:
-    """Takes blocks out of the prefix cache: no later request finds them."""
-    manager.evict_blocks(set(blocks))
+def forget(pool: Any, blocks: list[int]) -> None:
+    """Takes blocks of a block pool out of the prefix cache: no later request finds them."""
+    pool.evict_blocks(set(blocks))

@@ -13,7 +13,7 @@ import torch
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.model_executor.layers.attention import attention, kv_transfer_utils
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
@@ -45,7 +45,8 @@ def test_a_failed_load_is_computed_again() -> None:
     assert "kv_load_failure_policy" in {field.name for field in fields(KVTransferConfig)}
     handled = inspect.getsource(Scheduler.update_from_output)
     assert handled.index("_handle_invalid_blocks(") < handled.index("_update_from_kv_xfer_finished(")
-    assert list(inspect.signature(KVCacheManager.evict_blocks).parameters) == ["self", "block_ids"]
+    assert list(inspect.signature(BlockPool.evict_blocks).parameters) == ["self", "block_ids"]
+    assert "bind_gpu_block_pool(" in inspect.getsource(Scheduler) + inspect.getsource(KVConnectorBase_V1)
 
 
 def test_steps_are_read() -> None:

@@ -99,7 +99,7 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         self._stages = Stages(self._block, float(self._options["timeout"])) if host.is_scheduler(role) else None
         self._relay: Relay | None = None
         self._layers: dict[str, int] = {}
-        self._manager: Any = None
+        self._pool: Any = None
         self._reported: dict[str, float] = dict.fromkeys(COUNTED, 0)
 
     @classmethod
@@ -139,16 +139,15 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         assert self._stages is not None
         news = connector_output.kv_connector_worker_meta
         if news is not None and (untrue := self._stages.note(news.reach, news.broken, news.failed)):
-            host.forget(self._manager, untrue)
+            host.forget(self._pool, untrue)
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         assert self._stages is not None
         self._stages.finish(request.request_id)
         return False, None
 
-    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        super().bind_kv_cache_manager(kv_cache_manager)
-        self._manager = kv_cache_manager
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._pool = gpu_block_pool
 
     # The workers' half.
 
