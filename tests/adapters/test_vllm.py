@@ -106,6 +106,10 @@ def test_what_cannot_be_served_is_refused_at_the_start(make, monkeypatch) -> Non
         make(kv_connector_extra_config={"port": 1})
     with pytest.raises(ValueError, match="transport is 'nccl'"):
         make(kv_connector_extra_config={"transport": "nccl"})
+    with pytest.raises(ValueError, match="timeout is 'soon'"):
+        make(kv_connector_extra_config={"timeout": "soon"})
+    with pytest.raises(ValueError, match="expected host:port"):
+        make(kv_connector_extra_config={"listen": "7001"})
     monkeypatch.delenv("FORERUN_RUNAHEAD_SECRET")
     with pytest.raises(ValueError, match="FORERUN_RUNAHEAD_SECRET is not set"):
         make()

@@ -80,6 +80,17 @@ class TestAdmission:
         assert (stages.take_finished(), stages.take_finished()) == ([chain], [])
         assert stages.note({}, NOTHING, frozenset({chain})) == []
 
+    def test_several_samples_of_a_prompt_do_not_wait_for_what_comes_once(self):
+        stages, chain = Stages(BLOCK, 60), bytes(16)
+        own = stage(chain, 8, 13)
+        assert [stages.matched(name, own, 13, 0) for name in ("0_r", "1_r", "0_r")] == [None, 0, None]
+        stages.place("1_r", 0)
+        assert stages.part("1_r", 0, 13, [1, 2, 3, 4], is_new=True) is None
+        stages.finish("1_r")
+        assert (stages.take_finished(), stages.waiting) == ([], True)
+        stages.finish("0_r")
+        assert (stages.take_finished(), stages.waiting) == ([chain], False)
+
     def test_other_requests_are_none_of_its_business(self):
         stages = Stages(BLOCK, 60)
         stages.place("other", 0)

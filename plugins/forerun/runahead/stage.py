@@ -86,6 +86,7 @@ class Stages:
     def __init__(self, block: int, timeout: float) -> None:
         self._block, self._timeout = block, timeout
         self._requests: dict[str, _Request] = {}
+        self._owners: dict[bytes, str] = {}  # the one request of each chain
         self._finished: list[bytes] = []
         self._reach: Mapping[bytes, int] = {}
         self._broken: frozenset[bytes] = frozenset()
@@ -103,6 +104,8 @@ class Stages:
 
     def matched(self, name: str, stage: Stage, tokens: int, computed: int) -> int | None:
         """Tokens beyond those computed that come from the chain; None: not known yet."""
+        if self._owners.setdefault(stage.chain, name) != name:
+            return 0  # such as one of several samples of a prompt: what comes, comes once
         request = self._requests.setdefault(name, _Request(stage, time.monotonic()))
         if request.placed or computed >= stage.start or stage.start >= tokens:
             return 0
@@ -136,6 +139,7 @@ class Stages:
         """A request is over."""
         if (request := self._requests.pop(name, None)) is not None:
             self._finished.append(request.stage.chain)
+            self._owners.pop(request.stage.chain, None)
 
     @property
     def waiting(self) -> bool:

@@ -92,6 +92,11 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         self._options = {**_OPTIONS, **given}
         if self._options["transport"] not in ("auto", "tcp", "local"):
             raise ValueError(f"transport is {self._options['transport']!r}; expected auto, tcp or local")
+        parse_address(self._options["listen"])
+        for name in ("timeout", "capacity"):
+            value = self._options[name]
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}; expected a number above 0")
         if not os.environ.get(SECRET):
             raise ValueError(f"{SECRET} is not set; expected a secret that the chain's engines alone know")
         self._config, self._cache_config = vllm_config, kv_cache_config
