@@ -83,9 +83,11 @@ def test_an_engine_that_is_killed(caching):
         ({"kv_heads": 4}, {}),
         ({"kv_heads": 1}, {"block_size": 64}),
         ({"kind": "qwen3", "head_size": 64}, {"enforce_eager": False}),
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"dtype": "float16"}, {"dtype": "float16"}),
         ({"layers": 5}, {"enable_prefix_caching": True, "max_num_batched_tokens": 200}),
     ],
-    ids=["mha", "mqa", "compiled", "chunked"],
+    ids=["mha", "mqa", "compiled", "bfloat16", "float16", "chunked"],
 )
 def test_models_and_modes(tmp_path, shape, options):
     started = start(*(Engine(make_model(tmp_path, **shape), **options) for _ in range(2)))
