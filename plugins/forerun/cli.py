@@ -16,12 +16,14 @@ from forerun import demo as demos
 from forerun import doctor as checks
 from forerun.dlrm import commands as dlrm
 from forerun.picard import commands as picard
+from forerun.runahead import commands as runahead
 
 __all__ = ["app"]
 
 app = typer.Typer(name="forerun", help="The same answer, sooner.", no_args_is_help=True, add_completion=False)
 app.add_typer(picard.app)
 app.add_typer(dlrm.app)
+app.add_typer(runahead.app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,21 @@
+"""KV-Runahead: a long prompt's first token from several engines, each with the whole model, at once.
+
+The prompt is split into contexts, later ones shorter. All engines start together; layer by layer each gets the keys and
+values of all tokens before its own from the engine before it, sends them on with its own, and attends. The last engine
+gives the first token and holds the whole cache, so it decodes on.
+
+    cost.py       what a context and a transfer take, fitted to measured times
+    shape.py      a model's sizes: bytes of keys and values, arithmetic
+    chain.py      when every engine of a chain does what (the recurrence)
+    partition.py  the split whose first token comes soonest, one engine included
+    table.py      splits kept per model, hardware and number of engines; prompts between rows; refinement
+    traffic.py    bytes and dot products by formula
+    wire.py, stream.py   what engines say to each other: handshake, frames; sockets on which it ends in time
+    mailbox.py, transport.py   keys and values from an engine to the next, and what came and was not taken yet
+    picture.py    a split explained: table and timeline
+    commands.py   `forerun runahead …`
+
+Axes: L layers, R engines, K splits looked at together.
+
+Source: KV-Runahead: Scalable Causal LLM Inference by Parallel Key-Value Cache Generation, arXiv 2405.05329.
+"""

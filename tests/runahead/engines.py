@@ -1,0 +1,176 @@
+"""Real vLLM engines in processes of their own, tiny models for them, and chains over them."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+SECRET = "for tests"
+VOCABULARY = 512
+# Greedy tokens are compared exactly. Log-probabilities are in float32 and up to about -10: attention over another split
+# sums in another order, which moves them by some units of 1e-6.
+TOLERANCE = 1e-4
+START, ANSWER = 540, 120  # seconds; a start takes 20 s on an idle machine
+
+
+def make_model(folder, *, layers=3, heads=4, kv_heads=2, head_size=32, dtype="float32", kind="llama"):
+    """A decoder with random weights: MHA, GQA or MQA by `kv_heads`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    torch.manual_seed(0)
+    model(
+        config(
+            vocab_size=VOCABULARY,
+            hidden_size=heads * head_size,
+            intermediate_size=256,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_size,
+            max_position_embeddings=4096,
+            initializer_range=0.1,  # so that logits lie apart
+            dtype=getattr(torch, dtype),
+        )
+    ).to(getattr(torch, dtype)).save_pretrained(folder)
+    return str(folder)
+
+
+def make_tokenizer(folder):
+    """A tokenizer of one word a token, beside the model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+
+
+class Engine:
+    """One engine; `begin` a batch of requests, then `finish` it."""
+
+    def __init__(self, model, *, chained=True, timeout=10.0, transport="auto", policy="recompute", **options):
+        options = {"model": model, "dtype": "float32", "max_model_len": 2048, "block_size": 32, **options}
+        options = {"max_num_batched_tokens": 2048, "enforce_eager": True, "enable_prefix_caching": False, **options}
+        if chained:
+            extra = {"timeout": timeout, "transport": transport}
+            options["connector"] = {"kv_load_failure_policy": policy, "kv_connector_extra_config": extra}
+        program = Path(__file__).with_name("engine_program.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(program), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "FORERUN_RUNAHEAD_SECRET": SECRET},
+        )
+        self._lines, self._log = queue.Queue(), []
+        for source, take in ((self.process.stdout, self._lines.put), (self.process.stderr, self._log.append)):
+            threading.Thread(target=self._drain, args=(source, take), daemon=True).start()
+
+    def ready(self):
+        """Waits until the engine can be asked."""
+        told = self._read(START)
+        self.address, self.model = told["address"], told["model"]
+        return self
+
+    @property
+    def log(self):
+        return "".join(self._log)
+
+    def begin(self, requests):
+        self.process.stdin.write(json.dumps(requests) + "\n")
+        self.process.stdin.flush()
+
+    def finish(self, timeout=ANSWER):
+        return self._read(timeout)
+
+    def ask(self, requests):
+        self.begin(requests)
+        return self.finish()
+
+    def close(self):
+        self.kill()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            pipe.close()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(30)
+
+    def _drain(self, source, take):
+        try:
+            for line in source:
+                take(line)
+        except ValueError:  # closed
+            return
+
+    def _read(self, timeout):
+        try:
+            return json.loads(self._lines.get(timeout=timeout))
+        except queue.Empty:
+            raise AssertionError(f"no answer in {timeout} s; the engine said:\n{self.log[-4000:]}") from None
+
+
+def start(*engines):
+    """The engines, ready; none is left behind if one does not start."""
+    try:
+        for engine in engines:
+            engine.ready()
+        for engine in engines:
+            alone(engine, prompt(0, 100), 2)  # the first request is slow
+        return list(engines)
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+
+
+def prompt(seed, length):
+    return np.random.default_rng(seed).integers(4, VOCABULARY, length).tolist()
+
+
+def alone(engine, tokens, count=64):
+    return engine.ask([{"tokens": tokens, "count": count}])["answers"][0]
+
+
+def parts(tokens, bounds, engines, count, chain=None):
+    """What each engine of a chain is asked: requests in the engines' order."""
+    chain = chain or os.urandom(16).hex()
+    requests = []
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        is_last = i == len(bounds) - 2
+        follows = None if is_last else "{}:{}".format(*engines[i + 1].address)
+        part = {"chain": chain, "start": start, "end": end, "next": follows}
+        requests.append({"tokens": tokens[:end], "count": count if is_last else 1, "runahead": part})
+    return requests
+
+
+def run_chain(engines, tokens, bounds, count=64):
+    """The last engine's answer, and what every engine counted since it started."""
+    for engine, request in zip(engines, parts(tokens, bounds, engines, count), strict=True):
+        engine.begin([request])
+    told = [engine.finish() for engine in engines]
+    return told[-1]["answers"][0], told
+
+
+def failures(told):
+    """Requests that an engine computed without its chain."""
+    return told["counted"]["recomputes"] + told["given_up"]
+
+
+def assert_same(answer, expected):
+    """Every greedy token, and the first token's log-probabilities where both name a token."""
+    assert answer["tokens"] == expected["tokens"]
+    shared = set(answer["logits"]) & set(expected["logits"])
+    assert len(shared) >= 18  # of 20; ties at the end of the list may differ
+    assert max(abs(answer["logits"][token] - expected["logits"][token]) for token in shared) <= TOLERANCE

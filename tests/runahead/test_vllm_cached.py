@@ -1,0 +1,105 @@
+"""`RunaheadConnector` on the real vLLM with prefix caches and chunked prefill, and with an engine that is killed."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from engines import SECRET, Engine, alone, assert_same, failures, make_model, parts, prompt, run_chain, start
+
+from forerun.runahead.transport import Peer, Sender
+from forerun.runahead.wire import Piece
+
+LAYERS = 3
+TOKEN_BYTES = 2 * 32 * 4  # keys and values, 1 head of 32 float32
+
+pytestmark = pytest.mark.timeout(900)  # engines start in 20 s each, in minutes beside other work
+
+
+@pytest.fixture(scope="module")
+def caching(tmp_path_factory):
+    """Two engines, MQA, with prefix caches and chunks that end within blocks."""
+    model = make_model(tmp_path_factory.mktemp("caching"), layers=LAYERS, kv_heads=1, kind="qwen3")
+    options = {"enable_prefix_caching": True, "max_num_batched_tokens": 150, "timeout": 100}
+    started = start(*(Engine(model, **options) for _ in range(2)))
+    yield started
+    for engine in started:
+        engine.close()
+
+
+def test_chunks_and_cached_prefixes(caching):
+    """Chunks end within blocks; then the same prompt, and others that share its beginning, from both caches."""
+    tokens = prompt(20, 700)
+    fresh, _ = run_chain(caching, tokens, [0, 384, 700])
+    again, told = run_chain(caching, tokens, [0, 384, 700])
+    assert_same(again, fresh)
+    for length, start_at in ((650, 320), (700, 96), (420, 384)):
+        other = [*tokens[: length - 60], *prompt(length, 60)]
+        answer, told = run_chain(caching, other, [0, start_at, length])
+        # The first engine has no more than the part of it that is cached: it computes the rest for itself.
+        assert_same(answer, alone(caching[0], other))
+    assert [failures(one) for one in told] == [0, 0]
+
+
+def test_a_failed_load_leaves_nothing_in_the_prefix_cache(caching):
+    tokens, chain = prompt(21, 500), os.urandom(16)
+    sender = Sender(Peer(SECRET.encode(), bytes.fromhex(caching[1].model)), tuple(caching[1].address), "tcp")
+    sender.send(Piece(chain, 0, 0, 256), np.full(256 * TOKEN_BYTES, 60, np.uint8).data)
+    assert sender.flush(10)
+    sender.close()
+    part = {"chain": chain.hex(), "start": 256, "end": 500}
+    told = caching[1].ask([{"tokens": tokens, "count": 64, "runahead": part}])
+    assert told["counted"]["recomputes"] == 1
+    expected = alone(caching[0], tokens)
+    assert_same(told["answers"][0], expected)
+    assert_same(alone(caching[1], tokens), expected)
+
+
+def test_an_engine_that_is_killed(caching):
+    """SIGKILL of the engine before while it computes: the last one answers all the same. (Its engine is gone after.)"""
+    first, last = caching
+    tokens = prompt(22, 2000)
+    expected = alone(last, prompt(23, 1900))
+    for engine, request in zip(caching, parts(tokens, [0, 1792, 2000], caching, 64), strict=True):
+        engine.begin([request])
+    time.sleep(0.05)
+    first.kill()
+    began = time.monotonic()
+    answer = last.finish()["answers"][0]
+    assert time.monotonic() - began < 60
+    assert_same(answer, alone(last, tokens))
+    assert_same(alone(last, prompt(23, 1900)), expected)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({"kv_heads": 4}, {}),
+        ({"kv_heads": 1}, {"block_size": 64}),
+        ({"kind": "qwen3", "head_size": 64}, {"enforce_eager": False}),
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"dtype": "float16"}, {"dtype": "float16"}),
+        ({"layers": 5}, {"enable_prefix_caching": True, "max_num_batched_tokens": 200}),
+    ],
+    ids=["mha", "mqa", "compiled", "bfloat16", "float16", "chunked"],
+)
+def test_models_and_modes(tmp_path, shape, options):
+    started = start(*(Engine(make_model(tmp_path, **shape), **options) for _ in range(2)))
+    try:
+        rng = np.random.default_rng(0)
+        for turn in range(20):
+            length = int(rng.integers(200, 1500))
+            tokens = prompt(turn, length)
+            bounds = [0, 64 * int(rng.integers(1, (length - 1) // 64 + 1)), length]
+            answer, told = run_chain(started, tokens, bounds)
+            assert_same(answer, alone(started[0], tokens))
+            assert failures(told[-1]) == 0
+    finally:
+        for engine in started:
+            engine.close()
