@@ -23,7 +23,7 @@ def algorithm_modules(root):
 
 def test_algorithm_modules_load_no_framework(root, run_python):
     modules = algorithm_modules(root)
-    assert {"forerun.picard.window", "forerun.dlrm.search"} <= set(modules)
+    assert {"forerun.picard.window", "forerun.dlrm.search", "forerun.moe.grouping"} <= set(modules)
     loaded = run_python(f"import {', '.join(modules)}; " + LOADED.format(names=FRAMEWORKS))
     assert loaded.split() == []
 
@@ -44,7 +44,7 @@ def imported(file):
 
 def test_rooms_do_not_import_each_other(root):
     names = {room.name for room in rooms(root)}
-    assert {"picard", "dlrm"} <= names
+    assert {"picard", "dlrm", "moe"} <= names
     strangers = [
         f"{file.relative_to(root)}: {name}"
         for room in rooms(root)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from forerun.picard.files import write_whole
+from forerun._files import write_whole
 from forerun.picard.levels import DATA_VARIANCE
 from forerun.picard.lora import Lora
 from forerun.picard.switch import Switch

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from forerun._files import write_whole
 from forerun.picard.adapted import Adapted, AdaptedLora, AdaptedWeights
 from forerun.picard.change import Change
 from forerun.picard.consistency import Base, Card, Consistency
-from forerun.picard.files import write_whole
 from forerun.picard.levels import NoiseLevels
 from forerun.picard.lora import Lora
 from forerun.picard.objective import Objective, PointObjective, Rows, rows_of

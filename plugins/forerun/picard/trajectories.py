@@ -20,8 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from forerun._files import write_whole
 from forerun.picard.denoiser import time_argument
-from forerun.picard.files import write_whole
 
 __all__ = ["Trajectory", "cached", "first_tensor", "recorded"]
 
