@@ -14,12 +14,14 @@ from rich.console import Console
 import forerun
 from forerun import demo as demos
 from forerun import doctor as checks
+from forerun.moe import commands as moe
 from forerun.picard import commands as picard
 
 __all__ = ["app"]
 
 app = typer.Typer(name="forerun", help="The same answer, sooner.", no_args_is_help=True, add_completion=False)
 app.add_typer(picard.app)
+app.add_typer(moe.app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,7 +13,10 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
     predict.py    what a token id says of its experts; lookback.py what its last layers add
     shuffle.py    a batch's tokens to ranks, in even chunks, and back
     dispatch.py   destinations, rows and bytes that a placement costs
-    planning.py   all of it, for every layer; plan.py the file
+    planning.py   all of it, for every layer; plan.py the file; check.py whether a file's arrays fit; report.py what it
+                  promises
+    transformers.py   profiles of transformers models
+    commands.py   `forerun moe profile | plan | show`
 
 Axes: L MoE layers, E experts, k experts of a token, R ranks, N token ids, n tokens of a batch, P paths.
 
