@@ -13,6 +13,7 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
     predict.py    what a token id says of its experts; lookback.py what its last layers add
     shuffle.py    a batch's tokens to ranks, in even chunks, and back
     dispatch.py   destinations, rows and bytes that a placement costs
+    exchange.py   tokens to their experts' ranks and back over a process group, each token to a rank once
     planning.py   all of it, for every layer; plan.py the file; check.py whether a file's arrays fit; report.py what it
                   promises
     transformers.py   profiles of transformers models
