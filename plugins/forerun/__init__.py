@@ -4,7 +4,7 @@ The map, one line a room:
 
 - `forerun.picard`: parallel-in-time diffusion sampling; `forerun.picard.diffusers.PicardScheduler` is its drop-in.
 - `forerun.dlrm`: sharding plans for embedding tables; `forerun.dlrm.torchrec.DLRMPlanner` is its drop-in.
-- `forerun.moe`: expert placement for mixture-of-experts models; plans as files, no drop-in yet.
+- `forerun.moe`: expert placement for mixture-of-experts models; `forerun.moe.deepspeed.speculate` is its drop-in.
 """
 
 __all__ = ["__version__"]
