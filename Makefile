@@ -4,6 +4,12 @@ BIN := .venv/bin
 SHELL := bash
 SCHEME ?=
 
+# Real models' routing tables, where they lie beside the checkout: tests that need them skip without.
+ROUTING_DATA := $(wildcard ../shared/data/moe_routing)
+ifneq ($(ROUTING_DATA),)
+export FORERUN_ROUTING_DATA ?= $(abspath $(ROUTING_DATA))
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup lint types test test-oldest test-torchrec soak demo wheel clean
 

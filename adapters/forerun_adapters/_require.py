@@ -8,7 +8,7 @@ from importlib import metadata
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-__all__ = ["HOSTS", "Host", "require"]
+__all__ = ["HOSTS", "Host", "require", "require_library"]
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,15 @@ def require(extra: str) -> Version:
     if not host.supports(version):
         raise ImportError(f"{name} {version} is installed; forerun supports {extra}{host.supported}: {host.remedy}")
     return version
+
+
+def require_library(name: str, extra: str) -> None:
+    """Raises unless a library that an extra brings is installed.
+
+    Raises:
+        ImportError: It is not.
+    """
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"{name} is not installed: pip install 'forerun[{extra}]'") from None

@@ -15,6 +15,7 @@ import forerun
 from forerun import demo as demos
 from forerun import doctor as checks
 from forerun.dlrm import commands as dlrm
+from forerun.moe import commands as moe
 from forerun.picard import commands as picard
 from forerun.runahead import commands as runahead
 
@@ -24,6 +25,7 @@ app = typer.Typer(name="forerun", help="The same answer, sooner.", no_args_is_he
 app.add_typer(picard.app)
 app.add_typer(dlrm.app)
 app.add_typer(runahead.app)
+app.add_typer(moe.app)
 
 
 def _print_version(wanted: bool) -> None:

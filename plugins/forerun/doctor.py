@@ -37,6 +37,13 @@ class DropIn:
 DROP_INS = (
     DropIn("forerun.picard.diffusers.PicardScheduler", "diffusers", needs=("torch",), cpu=True, gpu=False),
     DropIn("forerun.dlrm.torchrec.DLRMPlanner", "torchrec", needs=("torch", "numpy", "scipy"), cpu=True, gpu=False),
+    DropIn(
+        "forerun.moe.deepspeed.speculate",
+        "deepspeed",
+        needs=("torch", "numpy", "safetensors", "transformers"),
+        cpu=True,
+        gpu=False,
+    ),
 )
 
 

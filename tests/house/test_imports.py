@@ -23,7 +23,8 @@ def algorithm_modules(root):
 
 def test_algorithm_modules_load_no_framework(root, run_python):
     modules = algorithm_modules(root)
-    assert {"forerun.picard.window", "forerun.dlrm.search", "forerun.runahead.partition"} <= set(modules)
+    rooms = {"forerun.picard.window", "forerun.dlrm.search", "forerun.runahead.partition", "forerun.moe.grouping"}
+    assert rooms <= set(modules)
     loaded = run_python(f"import {', '.join(modules)}; " + LOADED.format(names=FRAMEWORKS))
     assert loaded.split() == []
 
@@ -44,7 +45,7 @@ def imported(file):
 
 def test_rooms_do_not_import_each_other(root):
     names = {room.name for room in rooms(root)}
-    assert {"picard", "dlrm", "runahead"} <= names
+    assert {"picard", "dlrm", "runahead", "moe"} <= names
     strangers = [
         f"{file.relative_to(root)}: {name}"
         for room in rooms(root)
