@@ -191,7 +191,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             heights = [np.nan if value is None else value for value in values]
             axes.barh(places + offset, heights, 0.4, color=colour, label=name)
     gaps.axvline(1.0, color="black", linestyle="--", linewidth=1, label="no plan is below")
-    gaps.set(xlabel="rating / lower bound (no bar: not run)", xlim=(0.9, None))
+    gaps.set(xlabel="rating / lower bound (no bar: not run, or no bound)", xlim=(0.9, None))
     gaps.set_yticks(places, [row.case for row in rows])
     gaps.invert_yaxis()
     gaps.legend(fontsize=8)
