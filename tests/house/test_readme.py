@@ -94,6 +94,20 @@ def dlrm_table() -> list[str]:
     return rows
 
 
+def training_table() -> list[str]:
+    """The table's rows, from `examples/benchmarks/results/dlrm-training.json`."""
+    found = {
+        row["name"]: (row["peer"], row["ours"])
+        for row in json.loads((_RESULTS / "dlrm-training.json").read_text())["rows"]
+    }
+    rows = []
+    for case in (name.removesuffix(" step ms") for name in found if name.endswith(" step ms")):
+        parts = ((f"{case} rating ms", 2), (f"{case} step ms", 1), (f"{case} sent MB", 2))
+        cells = [" / ".join(f"{value:.{digits}f}" for value in found[name]) for name, digits in parts]
+        rows.append(f"| {case} | {' | '.join(cells)} |")
+    return rows
+
+
 def dlrm_listing() -> str:
     """How long both take to list the options of 1000 tables."""
     measured = json.loads((_RESULTS / "dlrm.json").read_text())["measured"]
@@ -107,7 +121,7 @@ def test_the_seconds_to_list_the_options_are_the_benchmarks() -> None:
     assert dlrm_listing() in (_ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("table", [picard_table, pcm_table, quality_table, dlrm_table])
+@pytest.mark.parametrize("table", [picard_table, pcm_table, quality_table, dlrm_table, training_table])
 def test_a_measured_table_is_the_benchmarks(table: Callable[[], list[str]]) -> None:
     readme = (_ROOT / "README.md").read_text()
     rows = table()
