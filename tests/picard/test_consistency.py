@@ -150,7 +150,7 @@ def test_offloading_layer_by_layer():
     pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=pcm, switch="hard", tolerance=0, check_cost=False)
     cpu_offload(pipe.unet, torch.device("cpu"))
     assert_same_image(sample(pipe, arguments), sequential)
-    assert pipe.scheduler.report.guided_rounds == 2
+    assert 1 <= pipe.scheduler.report.guided_rounds <= 2  # one under the oldest release
     with pytest.raises(ValueError, match=r"holds no weights between its calls.*before enable_sequential_cpu_offload"):
         PicardScheduler.from_pipe(pipe, pcm=pcm)
 
