@@ -148,9 +148,12 @@ def test_offloading_layer_by_layer():
     sequential = sample(pipe, arguments)
     pcm = consistency(pipe.unet, random_lora(pipe.unet, 0.1), ages=2)
     pipe.scheduler = PicardScheduler.from_pipe(pipe, pcm=pcm, switch="hard", tolerance=0, check_cost=False)
+    sample(pipe, arguments)
+    guided = pipe.scheduler.report.guided_rounds  # of this model's weights, which differ with the release
+    assert guided >= 1
     cpu_offload(pipe.unet, torch.device("cpu"))
     assert_same_image(sample(pipe, arguments), sequential)
-    assert 1 <= pipe.scheduler.report.guided_rounds <= 2  # one under the oldest release
+    assert pipe.scheduler.report.guided_rounds == guided
     with pytest.raises(ValueError, match=r"holds no weights between its calls.*before enable_sequential_cpu_offload"):
         PicardScheduler.from_pipe(pipe, pcm=pcm)
 
