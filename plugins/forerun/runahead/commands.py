@@ -1,4 +1,4 @@
-"""`forerun runahead ...`: splits explained."""
+"""`forerun runahead ...`: engines served as one, splits explained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from forerun.runahead import serve_command
+
 if TYPE_CHECKING:
     from forerun.runahead.chain import Chain
     from forerun.runahead.partition import Split
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(name="runahead", help="A long prompt's first token from several engines.", no_args_is_help=True)
+app.command(context_settings=serve_command.SETTINGS)(serve_command.serve)
 
 
 @app.callback()
