@@ -12,6 +12,8 @@ gives the first token and holds the whole cache, so it decodes on.
     traffic.py    bytes and dot products by formula
     wire.py, stream.py   what engines say to each other: handshake, frames; sockets on which it ends in time
     mailbox.py, transport.py   keys and values from an engine to the next, and what came and was not taken yet
+    engines.py    vLLM servers as child processes; arguments.py, places.py, process.py, keeper.py: what they may be told,
+                  where they run, how one starts, and how it ends for certain
     picture.py    a split explained: table and timeline
     commands.py   `forerun runahead …`
 
