@@ -1,4 +1,4 @@
-"""`forerun runahead ...`: engines served as one, splits explained."""
+"""`forerun runahead ...`: engines served as one, measured, splits explained."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from forerun.runahead import serve_command
+from forerun.runahead.tune_command import tune
 
 if TYPE_CHECKING:
     from forerun.runahead.chain import Chain
@@ -89,3 +90,6 @@ def _from_config(path: Path | None, tflops: float | None, gbytes: float, latency
         raise ValueError(f"{path} holds no JSON object; expected a model's config.json")
     shape = Shape.from_config(config)
     return Chain(shape.cost(tflops * 1e12), Link(gbytes * 1e9, latency), shape.layers, shape.kv_bytes, shape.before)
+
+
+app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(tune)
