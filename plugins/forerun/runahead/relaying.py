@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -102,14 +103,22 @@ async def _pour(begun: Begun, answer: web.StreamResponse) -> None:
         if cut < len(_END) and len(held) > _LARGEST:
             cut = len(held)
         if cut >= len(_END):
-            await answer.write(held[:cut])
+            await _write(begun, answer, held[:cut])
             held = held[cut:]
         chunk = await begun.engine.read_some(begun.response)
         if not chunk:
             break
         held += chunk
     if held:
-        await answer.write(held)
+        await _write(begun, answer, held)
+
+
+async def _write(begun: Begun, answer: web.StreamResponse, data: bytes) -> None:
+    try:
+        async with asyncio.timeout(begun.engine.patience):
+            await answer.write(data)
+    except TimeoutError:
+        raise ConnectionResetError("the client has stopped to read") from None
 
 
 def _failure(first: bytes) -> str | None:
