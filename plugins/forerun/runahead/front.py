@@ -76,7 +76,7 @@ class Front:
             begun = await begin(engines[0], request.method, request.path_qs, onward(request.headers), data)
         except EngineLost as lost:
             return self._failed(lost)
-        return await finish(begun, request)
+        return await finish(begun, request, self._note)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -89,9 +89,12 @@ class Front:
             self._counts.gone.inc()
             raise
 
-    def _failed(self, lost: EngineLost) -> web.Response:
+    def _note(self, lost: EngineLost) -> None:
         self._counts.errors.inc()
         _logger.warning("a request fails: %s", lost)
+
+    def _failed(self, lost: EngineLost) -> web.Response:
+        self._note(lost)
         if lost.body.startswith(b"{"):
             return web.Response(status=lost.status, body=lost.body, content_type="application/json")
         return error_response(str(lost), lost.status)

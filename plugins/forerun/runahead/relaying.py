@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -77,8 +77,14 @@ async def begin(engine: Engine, method: str, path: str, headers: Mapping[str, st
     return Begun(engine, response, first, streams, held)
 
 
-async def finish(begun: Begun, request: web.Request) -> web.StreamResponse:
-    """Gives the client a response that has begun; where the engine is lost in the middle of it, an event says so."""
+async def finish(begun: Begun, request: web.Request, broken: Callable[[EngineLost], None]) -> web.StreamResponse:
+    """Gives the client a response that has begun; where the engine is lost in the middle of it, an event says so.
+
+    Args:
+        begun: The response.
+        request: The client's.
+        broken: Is told of an engine that was lost.
+    """
     headers = onward(begun.response.headers)
     if not begun.streams:
         await begun.stack.aclose()
@@ -89,6 +95,7 @@ async def finish(begun: Begun, request: web.Request) -> web.StreamResponse:
             await answer.prepare(request)
             await _pour(begun, answer)
     except EngineLost as lost:
+        broken(lost)
         event = json.dumps(error_body(f"the answer ends here: {lost}", lost.status))
         await answer.write(f"data: {event}".encode() + _END)
     await answer.write_eof()
