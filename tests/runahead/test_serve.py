@@ -123,7 +123,7 @@ def test_a_client_that_leaves_frees_its_engines(served, client):
     for length in (20, 1200):  # one engine; a chain
         stream = ask(client, prompt=words(60, length), tokens=800, stream=True)
         next(iter(stream))
-        assert served.counted("vllm:num_requests_running") >= 1
+        until(lambda: served.counted("vllm:num_requests_running") >= 1, 5, "one runs")
         stream.close()
         until(lambda: served.counted("vllm:num_requests_running") == 0, 30, "nothing runs")
     with pytest.raises(openai.APITimeoutError):
@@ -137,7 +137,7 @@ def test_an_engine_that_reads_other_tokens_than_its_chain_is_for_computes_alone(
     part = {"chain": os.urandom(16).hex(), "start": 128, "end": 300, "prompt": digest([*tokens[:-1], 3])}
     engine = served.client(served.engines[1])
     answer = text_of(ask(engine, prompt=tokens, extra={"kv_transfer_params": {"runahead": part}}))
-    assert time.monotonic() - began < 15  # it does not wait for the chain, which would take 20 s
+    assert time.monotonic() - began < 30  # it does not wait for the chain, which would take 60 s
     assert answer == text_of(served.alone(prompt=tokens))
 
 
