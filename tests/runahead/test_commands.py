@@ -140,3 +140,9 @@ def test_serve_wants_the_model_before_vllms_options():
     result = CliRunner().invoke(cli.app, ["runahead", "serve", "--engines", "2", "--dtype", "float32", "some/model"])
     assert result.exit_code == 1
     assert "the model comes before --dtype" in result.stderr
+
+
+def test_serve_says_so_when_the_model_is_not_there(tmp_path):
+    result = CliRunner().invoke(cli.app, ["runahead", "serve", f"{tmp_path}/none"])
+    assert result.exit_code == 1
+    assert f"there is no folder {tmp_path}/none" in result.stderr
