@@ -29,6 +29,7 @@ __all__ = [
     "is_scheduler",
     "ordered",
     "parallel_rank",
+    "parallel_size",
     "scheduled",
 ]
 
@@ -73,10 +74,14 @@ def check_config(config: Any, cache: Any) -> None:
         )
 
 
+def parallel_size(config: Any) -> int:
+    """Tensor-parallel ranks."""
+    return int(config.parallel_config.tensor_parallel_size)
+
+
 def parallel_rank(config: Any) -> int:
     """This worker's tensor-parallel rank."""
-    parallel = config.parallel_config
-    return int(parallel.rank % parallel.tensor_parallel_size)
+    return int(config.parallel_config.rank % parallel_size(config))
 
 
 def fingerprint(config: Any) -> tuple[object, ...]:

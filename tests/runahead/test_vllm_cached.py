@@ -18,7 +18,7 @@ from forerun.runahead.wire import Piece
 LAYERS = 3
 TOKEN_BYTES = 2 * 32 * 4  # keys and values, 1 head of 32 float32
 
-pytestmark = pytest.mark.timeout(900)  # engines start in 20 s each, in minutes beside other work
+pytestmark = pytest.mark.timeout(900)  # slow beside other work
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_chunks_and_cached_prefixes(caching):
 
 def test_a_failed_load_leaves_nothing_in_the_prefix_cache(caching):
     tokens, chain = prompt(21, 500), os.urandom(16)
-    sender = Sender(Peer(SECRET.encode(), bytes.fromhex(caching[1].model)), tuple(caching[1].address), "tcp")
+    sender = Sender(Peer(SECRET.encode(), caching[1].model), caching[1].address, "tcp")
     sender.send(Piece(chain, 0, 0, 256), np.full(256 * TOKEN_BYTES, 60, np.uint8).data)
     assert sender.flush(10)
     sender.close()

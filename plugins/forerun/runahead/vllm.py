@@ -2,11 +2,12 @@
 
 A KV connector, named in `--kv-transfer-config`:
 
-    {"kv_connector": "RunaheadConnector", "kv_connector_module_path": "forerun.runahead.vllm", "kv_role": "kv_both",
-     "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"listen": "127.0.0.1:7001"}}
+    {"kv_connector": "RunaheadConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+     "kv_connector_extra_config": {"listen": "127.0.0.1:7001"}}
 
-with the chain's secret in the environment variable FORERUN_RUNAHEAD_SECRET. Every engine of a chain gets the same
-prompt up to the end of its own context, at once, with `kv_transfer_params`
+with the chain's secret in the environment variable FORERUN_RUNAHEAD_SECRET. vLLM finds it by forerun's entry point; where
+VLLM_PLUGINS leaves that out, `"kv_connector_module_path": "forerun.runahead.vllm"` names it. Every engine of a chain gets
+the same prompt up to the end of its own context, at once, with `kv_transfer_params`
 
     {"runahead": {"chain": 32 hex digits, "start": tokens before its context, "end": its end, "next": "host:port"}}
 
@@ -31,9 +32,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forerun.runahead.relay import Relay
-from forerun.runahead.stage import Part, Stages, parse_stage
+from forerun.runahead.stage import Over, Part, Stages, parse_stage
 from forerun.runahead.transport import Peer, parse_address
-from forerun.runahead.vllm_stats import COUNTED, ChainMetrics, ChainStats
+from forerun.runahead.vllm_stats import ChainMetrics, ChainStats, Tally
 from forerun.runahead.wire import identity
 from forerun_adapters import vllm as host
 
@@ -51,7 +52,7 @@ class _Orders(host.Metadata):  # type: ignore[misc]  # the host's class, which d
     """From the scheduler's half to the workers'."""
 
     parts: list[Part] = field(default_factory=list)
-    finished: list[bytes] = field(default_factory=list)
+    finished: list[Over] = field(default_factory=list)
     idle: bool = False  # nothing to compute, and a request waits for its chain
 
 
@@ -92,7 +93,12 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         self._options = {**_OPTIONS, **given}
         if self._options["transport"] not in ("auto", "tcp", "local"):
             raise ValueError(f"transport is {self._options['transport']!r}; expected auto, tcp or local")
-        parse_address(self._options["listen"])
+        port, ranks = parse_address(self._options["listen"])[1], host.parallel_size(vllm_config)
+        if ranks > 1 and not 0 < port <= 65536 - ranks:
+            raise ValueError(
+                f"listen is {self._options['listen']!r}: each of {ranks} tensor-parallel ranks listens at a "
+                "port of its own, from that one on; expected a port that leaves room for them"
+            )
         for name in ("timeout", "capacity"):
             value = self._options[name]
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -105,7 +111,7 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         self._relay: Relay | None = None
         self._layers: dict[str, int] = {}
         self._pool: Any = None
-        self._reported: dict[str, float] = dict.fromkeys(COUNTED, 0)
+        self._tallies = (Tally(), Tally())  # counts, and waits
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -223,19 +229,21 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
     # Metrics.
 
     def get_kv_connector_stats(self) -> Any:
-        counted = dict.fromkeys(COUNTED, 0.0)
+        counted: dict[str, float] = {}
+        waits: dict[str, float] = {}
+        shares: list[float] = []
         if self._relay is not None:
-            refused = sum(self._relay.receiver.refused.values())
-            counted |= {**self._relay.counted, "wait_seconds": self._relay.waited, "refused": refused}
+            counted = {**self._relay.counted, "refused": sum(self._relay.receiver.refused.values())}
+            waits = dict(self._relay.waited)
+            shares = [self._relay.shares.popleft() for _ in range(len(self._relay.shares))]
         if self._stages is not None:
-            counted["recomputes"] += self._stages.given_up
-        stats = ChainStats(data={name: counted[name] - self._reported[name] for name in COUNTED})
-        self._reported = counted
+            counted["recomputes"] = self._stages.given_up + self._stages.failed
+        stats = ChainStats.of(self._tallies[0].added(counted), self._tallies[1].added(waits), shares)
         return None if stats.is_empty() else stats
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
-        return ChainStats(data=data) if data is not None else ChainStats(data=dict.fromkeys(COUNTED, 0))
+        return ChainStats(data=data) if data is not None else ChainStats.of({}, {}, [])
 
     @classmethod
     def build_prom_metrics(
