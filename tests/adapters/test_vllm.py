@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import types
 from dataclasses import fields
 from importlib import metadata
 
@@ -14,13 +15,18 @@ pytest.importorskip("vllm")  # the oldest diffusers' environment has none
 import msgspec
 import torch
 import vllm
+from vllm import _custom_ops
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.model_executor.layers.attention import attention, kv_transfer_utils
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from forerun.runahead.vllm import RunaheadConnector
@@ -138,17 +144,48 @@ def test_what_cannot_be_served_is_refused_at_the_start(make, monkeypatch) -> Non
         make()
 
 
+def add_layers(worker, names, isa="vec"):
+    """What a model runner knows of its attention layers by the time that caches are registered."""
+    layer = types.SimpleNamespace(isa=isa, get_attn_backend=lambda: CPUAttentionBackend)
+    worker._config.compilation_config.static_forward_context.update(dict.fromkeys(names, layer))
+
+
+def test_rows_of_a_block_are_not_tokens() -> None:
+    """Why contexts are whole blocks: a token's keys do not lie in the row that the cache's shape has for it."""
+    current_platform.import_kernels()
+    heads, block, size = 2, 32, 32
+    cache = torch.zeros(1, heads, block, 2 * size)
+    keys, values = cache.view(1, heads, 2 * block, size).chunk(2, dim=2)
+    isa = cpu_attn._get_attn_isa(cache.dtype, block, size)
+    one = torch.ones(1, heads, size)
+    _custom_ops.cpu_attn_reshape_and_cache(one, one, keys, values, torch.tensor([5]), isa)
+    assert cache.count_nonzero() == 2 * heads * size
+    assert cache[0, :, 5].count_nonzero() < 2 * heads * size
+
+
+def test_a_layer_says_how_it_packs() -> None:
+    source = inspect.getsource(cpu_attn)
+    assert "layer.isa = self.isa" in source or "self.isa = _get_attn_isa(" in inspect.getsource(
+        cpu_attn.CPUAttentionBackendImpl.__init__
+    )
+    assert callable(attention.Attention.get_attn_backend)
+    started = inspect.getsource(gpu_model_runner.GPUModelRunner.initialize_kv_cache)
+    assert started.index("initialize_metadata_builders(") < started.index("register_kv_caches(")
+
+
 def test_only_equal_caches_are_neighbours(make) -> None:
-    def model_of(dtype, **extra):
+    def model_of(dtype, isa="vec", **extra):
         worker = make(kv_connector_extra_config=extra)
         try:
-            worker.register_kv_caches({f"layers.{i}": torch.zeros(8, 2, 32, 64, dtype=dtype) for i in range(2)})
+            caches = {f"layers.{i}": torch.zeros(8, 2, 32, 64, dtype=dtype) for i in range(2)}
+            add_layers(worker, caches, isa)
+            worker.register_kv_caches(caches)
             return worker._relay._peer.model
         finally:
             worker.shutdown()
 
     assert model_of(torch.float32) == model_of(torch.float32)
-    assert len({model_of(torch.float32), model_of(torch.float32, identity="v2")}) == 2
+    assert len({model_of(torch.float32), model_of(torch.float32, identity="v2"), model_of(torch.float32, "amx")}) == 3
     worker = make()
     with pytest.raises(ValueError, match="expected its 8 blocks to come first"):
         worker.register_kv_caches({"layers.0": torch.zeros(2, 8, 32, 64)})
@@ -156,6 +193,7 @@ def test_only_equal_caches_are_neighbours(make) -> None:
 
 def test_counts_are_reported_once_and_add_up(make) -> None:
     worker = make()
+    add_layers(worker, ["layers.0"])
     worker.register_kv_caches({"layers.0": torch.zeros(8, 2, 32, 64)})
     try:
         assert worker.get_kv_connector_stats() is None

@@ -59,6 +59,8 @@ def answers(llm, connector, requests, first):
             told["answers"].append({"tokens": list(outputs[name].token_ids), "logits": logits, "ttft": ttft[name]})
         else:
             told["answers"].append(None)
+    stages = getattr(scheduler.connector, "_stages", None)
+    told["failures"] = stages and stages.given_up + stages.failed
     return told | (counts(connector._relay, scheduler) if connector is not None else {})
 
 
@@ -117,7 +119,7 @@ def serve(options, channel, log, environment):
     llm = LLM(skip_tokenizer_init=True, **{"max_num_seqs": 16, **options})
     count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
     connector = None
-    if chained is not None:
+    if chained is not None and options.get("tensor_parallel_size", 1) == 1:  # else workers have it
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         connector = get_kv_transfer_group()

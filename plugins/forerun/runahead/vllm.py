@@ -5,9 +5,9 @@ A KV connector, named in `--kv-transfer-config`:
     {"kv_connector": "RunaheadConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
      "kv_connector_extra_config": {"listen": "127.0.0.1:7001"}}
 
-with the chain's secret in the environment variable FORERUN_RUNAHEAD_SECRET. vLLM finds it by forerun's entry point; where
-VLLM_PLUGINS leaves that out, `"kv_connector_module_path": "forerun.runahead.vllm"` names it. Every engine of a chain gets
-the same prompt up to the end of its own context, at once, with `kv_transfer_params`
+with the chain's secret in the environment variable FORERUN_RUNAHEAD_SECRET. vLLM finds it by its entry point; where
+VLLM_PLUGINS leaves that out, `"kv_connector_module_path": "forerun.runahead.vllm"` is added. Every engine of a chain
+gets the same prompt up to the end of its own context, at once, with `kv_transfer_params`
 
     {"runahead": {"chain": 32 hex digits, "start": tokens before its context, "end": its end, "next": "host:port"}}
 
@@ -18,9 +18,11 @@ by the secret, not encrypted; whom a request names as `next` learns nothing with
 Where vLLM calls it: the scheduler before it admits a request (`get_num_new_matched_tokens`), and every attention layer
 between the write of its own keys and values and attention (`wait_for_layer_load`).
 
-Served: models whose layers all have the same kind of cache, its first axis blocks; contexts of whole blocks, but for
-the last one. Not served: pipeline parallelism within an engine, caches in several groups (Mamba hybrids). Not run on a
-GPU, nor with tensor parallelism within an engine.
+Served: models whose layers all have the same kind of cache, its first axis blocks; contexts that begin and end with
+blocks (the last one ends anywhere), as no backend says where in a block a token's keys lie: on CPUs that is up to the
+instruction set, and engines of unlike ones refuse each other. Tensor parallelism within an engine: each rank listens at
+a port of its own. Not served: pipeline parallelism within an engine, caches in several groups (Mamba hybrids). Not run
+on a GPU.
 """
 
 from __future__ import annotations
@@ -177,7 +179,8 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
                 shape = list(kv_caches[name].shape)
                 raise ValueError(f"the cache of {name} has shape {shape}; expected its {blocks} blocks to come first")
         rank, shapes = host.parallel_rank(self._config), [tuple(kv_caches[name].shape[1:]) for name in names]
-        model = identity(*host.fingerprint(self._config), names, shapes, self._options["identity"])
+        packing = host.packing(self._config, names)
+        model = identity(*host.fingerprint(self._config), names, shapes, packing, self._options["identity"])
         timeout, capacity = float(self._options["timeout"]), int(self._options["capacity"])
         peer = Peer(os.environ[SECRET].encode(), model, timeout=timeout, capacity=capacity)
         address = parse_address(self._options["listen"])
