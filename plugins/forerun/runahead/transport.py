@@ -3,6 +3,11 @@
 A receiver listens on a TCP address, and for engines of its own host on a local socket of the same name, over which a
 payload is passed as a sealed file in memory, and so copied once. A broken connection loses what was under way; nobody
 asks for it again, as the engine that lacks it computes it instead.
+
+Not over `torch.distributed`: engines started apart share no group, and one made for them would not keep what is
+promised here. A receive that is not answered in time closes all pairs of a gloo group's rank, also those with engines
+that are well, and no rank comes back without a new group of all (tests/runahead/test_gloo.py); nor are a group's members
+or what they send authenticated. A group of two for each neighbour would be sockets again, without the check.
 """
 
 from __future__ import annotations
