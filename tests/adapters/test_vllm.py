@@ -201,7 +201,7 @@ def test_counts_are_reported_once_and_add_up(make) -> None:
         one = worker.get_kv_connector_stats()
         assert one.data["bytes_sent"] == 5
         assert worker.get_kv_connector_stats() is None
-        worker._relay.waited.update({"a:1": 0.5, "lost": 2.0})
+        worker._relay.waits.update({"a:1": 0.5, "lost": 2.0})
         worker._relay.shares.extend([0.2, 0.4])
         two = worker.get_kv_connector_stats()
         assert not two.is_empty()

@@ -70,7 +70,7 @@ def preemptions(scheduler):
 
 def counts(relay, scheduler):
     stages, mailbox = scheduler.connector._stages, relay.receiver.mailbox
-    counted = {**relay.counted, "recomputes": stages.failed, "waited": sum(relay.waited.values())}
+    counted = {**relay.counted, "recomputes": stages.failed, "waited": relay.waited}
     return {
         "counted": {**counted, "refused": dict(relay.receiver.refused), "shares": list(relay.shares)},
         "given_up": stages.given_up,

@@ -99,6 +99,16 @@ class TestAdmission:
         stages.finish("0_r")
         assert stages.matched("1_r", own, 13, 0) == 0
 
+    def test_a_request_that_is_refused_leaves_nobody_to_wait(self):
+        stages, own = Stages(BLOCK, 60), stage(bytes(16), 8, 16, ("h", 1))
+        for _ in range(2):
+            stages.refuse("r", own)
+            assert stages.matched("r", own, 16, 0) == 0
+        assert stages.take_finished() == [Over(own.chain, ("h", 1))]
+        assert not stages.waiting
+        stages.finish("r")
+        assert (stages.take_finished(), stages._apart) == ([], set())
+
     @pytest.mark.parametrize(("computed", "misses"), [(0, True), (6, True), (16, False)])
     def test_the_engine_after_is_told_of_what_it_misses(self, computed, misses):
         """A request that ends before all of it was sent: aborted while it waits, or between two chunks."""
@@ -141,6 +151,9 @@ def test_parameters_are_read():
         parse_stage({"runahead": {**given_part, "next": "h:1"}}, BLOCK)
     with pytest.raises(ValueError, match="blocks of 4"):
         parse_stage({"runahead": {**given_part, "start": 6}}, BLOCK)
+    with pytest.raises(ValueError, match="digest of the prompt"):
+        parse_stage({"runahead": {**given_part, "prompt": 5}}, BLOCK)
+    assert parse_stage({"runahead": {**given_part, "prompt": "ab"}}, BLOCK).prompt == "ab"
 
 
 class Worker:
@@ -326,7 +339,7 @@ def test_waits_are_counted_by_who_was_late(workers):
     """The share of a step that waits tells a split that is out of balance."""
     (a, b), truth, chain = workers[:2], make_truth(16), os.urandom(16)
     b.relay.shares.clear()
-    b.relay.waited.clear()
+    b.relay.waits.clear()
 
     def late():
         time.sleep(0.4)
@@ -334,7 +347,7 @@ def test_waits_are_counted_by_who_was_late(workers):
 
     together(late, lambda: b.compute(truth, Part(stage(chain, 8, 16), b.order, (0, 8), None), 8, 16))
     name = "{}:{}".format(*a.relay.address)
-    assert b.relay.waited[name] > 0.3
+    assert b.relay.waits[name] > 0.3
     (share,) = b.relay.shares
     assert 0.5 < share <= 1
 
@@ -432,7 +445,7 @@ def test_after_a_failed_load_nothing_false_is_sent():
         for worker, blocks in ((b, b.order[:2]), (c, c.order[:4])):
             assert worker.relay.take_failed_blocks() == set(blocks)
             assert worker.relay.take_failed() == {chain}
-            assert sum(worker.relay.waited.values()) < 1.0  # once, not for every layer
+            assert worker.relay.waited < 1.0  # once, not for every layer
         assert a.relay.take_failed_blocks() == set()
     finally:
         for worker in (a, b, c):

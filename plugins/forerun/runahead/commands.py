@@ -1,4 +1,4 @@
-"""`forerun runahead ...`: splits explained."""
+"""`forerun runahead ...`: engines served as one, measured, splits explained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from forerun.runahead import serve_command
+from forerun.runahead.tune_command import tune
+
 if TYPE_CHECKING:
     from forerun.runahead.chain import Chain
     from forerun.runahead.partition import Split
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(name="runahead", help="A long prompt's first token from several engines.", no_args_is_help=True)
+app.command(context_settings=serve_command.SETTINGS)(serve_command.serve)
 
 
 @app.callback()
@@ -86,3 +90,6 @@ def _from_config(path: Path | None, tflops: float | None, gbytes: float, latency
         raise ValueError(f"{path} holds no JSON object; expected a model's config.json")
     shape = Shape.from_config(config)
     return Chain(shape.cost(tflops * 1e12), Link(gbytes * 1e9, latency), shape.layers, shape.kv_bytes, shape.before)
+
+
+app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(tune)

@@ -61,16 +61,21 @@ class Relay:
         self._lost: set[bytes] = set()  # chains of which nothing more is loaded
         self._muted: set[bytes] = set()  # chains of which nothing more is sent
         self._began = 0.0  # when the step did (s, monotonic)
-        self._waits: dict[bytes, float] = {}  # seconds in this step, of each chain that is loaded
+        self._step_waits: dict[bytes, float] = {}  # seconds in this step, of each chain that is loaded
         self.counted = dict.fromkeys(("bytes_sent", "bytes_loaded", "layers_loaded"), 0)
         # Seconds, by the engine before; "lost": for what never came.
-        self.waited: dict[str, float] = defaultdict(float)
+        self.waits: dict[str, float] = defaultdict(float)
         self.shares: deque[float] = deque(maxlen=_SHARES)  # of its loading step, that a request waited
 
     @property
     def address(self) -> Address:
         """Where the engine before sends to."""
         return self._receiver.address
+
+    @property
+    def waited(self) -> float:
+        """Seconds, in all."""
+        return sum(self.waits.values())
 
     @property
     def receiver(self) -> Receiver:
@@ -86,7 +91,7 @@ class Relay:
             self._muted.discard(over.chain)
         self._parts = parts
         self._began = time.monotonic()
-        self._waits = {part.stage.chain: 0.0 for part in parts if part.load is not None}
+        self._step_waits = {part.stage.chain: 0.0 for part in parts if part.load is not None}
         self._loading = {block for part in parts if part.load for block in self._blocks(part, *part.load)}
         for part in parts:
             if part.load is not None and part.stage.chain in self._lost:
@@ -140,8 +145,8 @@ class Relay:
             waited = time.monotonic() - began
             piece, arrivals = settled or (next(iter(pending)), None)
             self._load(pending.pop(piece), index, arrivals)
-            self._waits[piece.chain] += waited
-            self.waited[arrivals[-1].origin if arrivals else "lost"] += waited
+            self._step_waits[piece.chain] += waited
+            self.waits[arrivals[-1].origin if arrivals else "lost"] += waited
 
     def _load(self, part: Part, index: int, arrivals: list[Arrival] | None) -> None:
         assert part.load is not None
@@ -161,7 +166,7 @@ class Relay:
                 self._send(part, arrival.piece, arrival.payload)
         self.counted["layers_loaded"] += 1
         if index == len(self._caches) - 1:
-            self.shares.append(self._waits[chain] / (time.monotonic() - self._began))
+            self.shares.append(self._step_waits[chain] / (time.monotonic() - self._began))
 
     def _write(self, part: Part, index: int, arrival: Arrival) -> None:
         assert part.load is not None

@@ -21,12 +21,14 @@ class Stage:
         start: Tokens before the engine's own context; they come from the engine before it. 0: it is the first.
         end: Where the own context ends; for all but the last engine the prompt ends there.
         next: The receiver of the engine after it; None: it is the last.
+        prompt: `forerun.runahead.prefixes.digest` of the tokens before the context's end; None: taken on trust.
     """
 
     chain: bytes
     start: int
     end: int
     next: Address | None
+    prompt: str | None = None
 
 
 class Part(NamedTuple):
@@ -63,7 +65,10 @@ def parse_stage(params: Mapping[str, Any] | None, block: int) -> Stage | None:
         raise ValueError(f"runahead parameters {given!r}: expected 32 hex digits, and 0 <= start < end")
     if start % block or (follows is not None and end % block):
         raise ValueError(f"tokens {start} to {end} do not keep to blocks of {block}, as the engine's cache does")
-    return Stage(chain, start, end, follows)
+    prompt = given.get("prompt")
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"runahead parameters {given!r}: expected the digest of the prompt as text")
+    return Stage(chain, start, end, follows, prompt)
 
 
 @dataclass
@@ -101,6 +106,9 @@ class Stages:
         self.given_up = 0  # requests that waited in vain
         self.failed = 0  # requests whose load did
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._requests
+
     def note(self, reach: Mapping[bytes, int], broken: frozenset[bytes], failed: frozenset[bytes]) -> list[int]:
         """What the workers have: tokens of the first layer, chains cut off, chains whose load failed.
 
@@ -126,6 +134,12 @@ class Stages:
             self.given_up += 1
             return 0
         return None
+
+    def refuse(self, name: str, stage: Stage) -> None:
+        """A request takes no part in its chain; the engine after it is not left to wait."""
+        if name not in self._apart and stage.chain not in self._owners:
+            self._finished.append(Over(stage.chain, stage.next))
+        self._apart.add(name)
 
     def place(self, name: str, loads: int) -> None:
         """The engine has room for a request, and will take so many of its tokens from the chain."""

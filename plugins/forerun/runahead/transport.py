@@ -6,8 +6,8 @@ asks for it again, as the engine that lacks it computes it instead.
 
 Not over `torch.distributed`: engines started apart share no group, and one made for them would not keep what is
 promised here. A receive that is not answered in time closes all pairs of a gloo group's rank, also those with engines
-that are well, and no rank comes back without a new group of all (tests/runahead/test_gloo.py); nor are a group's members
-or what they send authenticated. A group of two for each neighbour would be sockets again, without the check.
+that are well, and no rank comes back without a new group of all (tests/runahead/test_gloo.py); nor are the members of a
+group, or what they send, authenticated. A group of two for each neighbour would be sockets again, without the check.
 """
 
 from __future__ import annotations

@@ -11,9 +11,11 @@ gets the same prompt up to the end of its own context, at once, with `kv_transfe
 
     {"runahead": {"chain": 32 hex digits, "start": tokens before its context, "end": its end, "next": "host:port"}}
 
-the last engine the whole prompt and no `next`; it gives the answer. The others are asked for one token. A request
-without these parameters is served as if the connector were not there. What engines say to each other is authenticated
-by the secret, not encrypted; whom a request names as `next` learns nothing without it.
+the last engine the whole prompt and no `next`; it gives the answer. The others are asked for one token. `"prompt"`, the
+digest of the tokens before `end`, is there where the engine makes its tokens itself: if they are others than those that
+the chain is for, it computes alone. A request without these parameters is served as if the connector were not there.
+What engines say to each other is authenticated by the secret, not encrypted; whom a request names as `next` learns
+nothing without it.
 
 Where vLLM calls it: the scheduler before it admits a request (`get_num_new_matched_tokens`), and every attention layer
 between the write of its own keys and values and attention (`wait_for_layer_load`).
@@ -29,20 +31,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from forerun.runahead.prefixes import digest
 from forerun.runahead.relay import Relay
-from forerun.runahead.stage import Over, Part, Stages, parse_stage
+from forerun.runahead.stage import Over, Part, Stage, Stages, parse_stage
 from forerun.runahead.transport import Peer, parse_address
 from forerun.runahead.vllm_stats import ChainMetrics, ChainStats, Tally
-from forerun.runahead.wire import identity
+from forerun.runahead.wire import SECRET, identity
 from forerun_adapters import vllm as host
 
-__all__ = ["SECRET", "RunaheadConnector"]
+__all__ = ["RunaheadConnector"]
 
-SECRET = "FORERUN_RUNAHEAD_SECRET"
 _OPTIONS = {"listen": "127.0.0.1:0", "transport": "auto", "timeout": 30.0, "capacity": 4 << 30, "identity": ""}
 _POLL = 0.005  # seconds that an engine with nothing else to do waits for a chain at a time
 
@@ -126,13 +128,17 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
     # The scheduler's half.
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        assert self._stages is not None
         try:
             stage = parse_stage(request.kv_transfer_params, self._block)
         except ValueError as error:  # from a client: it must not end the engine
             _logger.warning("request %s is computed without a chain: %s", request.request_id, error)
             stage = None
-        if stage is None or self._stages is None:
+        if stage is None:
             return 0, False
+        if request.request_id not in self._stages and not _is_prompt(stage, request.prompt_token_ids):
+            _logger.warning("request %s is computed without a chain: it is for another prompt", request.request_id)
+            self._stages.refuse(request.request_id, stage)
         return self._stages.matched(request.request_id, stage, request.num_tokens, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -237,7 +243,7 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         shares: list[float] = []
         if self._relay is not None:
             counted = {**self._relay.counted, "refused": sum(self._relay.receiver.refused.values())}
-            waits = dict(self._relay.waited)
+            waits = dict(self._relay.waits)
             shares = [self._relay.shares.popleft() for _ in range(len(self._relay.shares))]
         if self._stages is not None:
             counted["recomputes"] = self._stages.given_up + self._stages.failed
@@ -253,3 +259,7 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
     ) -> Any:
         return ChainMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _is_prompt(stage: Stage, tokens: Sequence[int] | None) -> bool:
+    return stage.prompt is None or (tokens is not None and digest(tokens[: stage.end]) == stage.prompt)
