@@ -17,7 +17,18 @@ require("deepspeed")
 from deepspeed.module_inject import auto_ep_layer as _layer  # noqa: E402
 from deepspeed.module_inject.auto_ep_comm import COMM_BACKEND as _PLAIN  # noqa: E402
 
-__all__ = ["AutoEPLayer", "Routed", "combined", "computed", "finished", "layers", "name_of", "obstacle", "routed"]
+__all__ = [
+    "AutoEPLayer",
+    "Routed",
+    "combined",
+    "computed",
+    "computed_together",
+    "finished",
+    "layers",
+    "name_of",
+    "obstacle",
+    "routed",
+]
 
 AutoEPLayer: Any = _layer.AutoEPMoELayer
 
@@ -49,14 +60,12 @@ def name_of(model: nn.Module) -> str:
 
 def obstacle(layer: Any) -> str | None:
     """What of the layer's settings only the stock forward pass knows; None: nothing."""
-    folded = layer.folding_group_handles is not None and layer.folding_group_handles.spec.tp_size > 1
     reasons = (
         (
             layer.ep_group is None,
             "it has no expert-parallel group yet (deepspeed.initialize, or set_deepspeed_parallelism)",
         ),
         (layer.comm_backend != _PLAIN, f"comm_backend {layer.comm_backend!r}"),
-        (folded, "expert and tensor parallelism folded"),
         (layer.async_split_plan, "async_split_plan"),
         (layer.score_apply != "post", f"score_apply {layer.score_apply!r}"),
         (layer.combine_impl == "fused_weighted_sum", "combine_impl 'fused_weighted_sum'"),
@@ -77,6 +86,17 @@ def computed(layer: Any, rows: Tensor, pairs: Tensor) -> Tensor:
     """`[p, H]` the layer's experts over rows that came sender by sender, `pairs` `[R, E/R]` of each for each expert."""
     permuted, indices, aligned, count = _layer.permute_by_local_expert(rows, pairs)
     output: Tensor = _layer.unpermute_by_local_expert(layer.experts(permuted, aligned), indices, count)
+    return output
+
+
+def computed_together(layer: Any, rows: Tensor, counts: Tensor) -> Tensor:
+    """`[p, H]` the layer's experts over rows that lie expert by expert, `counts` `[E/R]` of each.
+
+    Groups are padded only for the grouped product of matrices, which asks for it.
+    """
+    if layer.experts.use_grouped_mm:
+        return computed(layer, rows, counts[None])
+    output: Tensor = layer.experts(rows, counts)
     return output
 
 

@@ -13,11 +13,14 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
     predict.py    what a token id says of its experts; lookback.py what its last layers add
     shuffle.py    a batch's tokens to ranks, in even chunks, and back
     dispatch.py   destinations, rows and bytes that a placement costs
-    exchange.py   tokens to their experts' ranks and back over a process group, each token to a rank once
+    exchange.py   tokens to their experts' ranks and back over a process group, each token to a rank once; overlap.py
+                  back as sums, local experts computed meanwhile
+    foresight.py, scatter.py   which rank a token goes to, layer by layer; the all-reduce in two halves that brings it
     planning.py   all of it, for every layer; plan.py the file; check.py whether a file's arrays fit; report.py what it
                   promises
     transformers.py   profiles of transformers models
-    deepspeed.py  `speculate`, `unspeculate`: DeepSpeed's AutoEP layers, in place
+    deepspeed.py  `speculate`, `unspeculate`: DeepSpeed's AutoEP layers, in place; deepspeed_shuffle.py tokens shuffled
+                  around tensor-parallel attention
     commands.py   `forerun moe profile | plan | show`
 
 Axes: L MoE layers, E experts, k experts of a token, R ranks, N token ids, n tokens of a batch, P paths.
