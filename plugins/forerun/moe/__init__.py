@@ -16,6 +16,7 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
     exchange.py   tokens to their experts' ranks and back over a process group, each token to a rank once; overlap.py
                   back as sums, local experts computed meanwhile
     foresight.py, scatter.py   which rank a token goes to, layer by layer; the all-reduce in two halves that brings it
+    requests.py   `forerun.moe.assign`: requests to data-parallel ranks
     planning.py   all of it, for every layer; plan.py the file; check.py whether a file's arrays fit; report.py what it
                   promises
     transformers.py   profiles of transformers models
@@ -27,3 +28,21 @@ Axes: L MoE layers, E experts, k experts of a token, R ranks, N token ids, n tok
 
 Source: Speculative MoE, arXiv 2503.04398.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forerun.moe.requests import assign
+
+__all__ = ["assign"]
+
+
+def __getattr__(name: str) -> Any:
+    """`assign`, loaded when it is asked for: the room itself loads nothing heavy."""
+    if name != "assign":
+        raise AttributeError(f"module 'forerun.moe' has no attribute {name!r}")
+    from forerun.moe.requests import assign
+
+    return assign
