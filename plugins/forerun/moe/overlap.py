@@ -32,16 +32,18 @@ class Pace:
 
     waited: float = 0.0  # s, of the last such batch
     computed: float = 0.0  # s
-    batches: int = 0  # since then
+    batches: int = 0  # overlapped since then
 
     def overlaps(self, pairs: float) -> bool:
         """Whether a batch of so many local pairs for each expert is computed while the rest travels."""
-        self.batches += 1
-        return pairs >= _ENOUGH and self.batches < _AGAIN and self.waited > _DEAR * self.computed
+        worth = pairs >= _ENOUGH and self.waited > _DEAR * self.computed and self.batches < _AGAIN
+        self.batches += worth
+        return worth
 
-    def measured(self, waited: float, computed: float) -> None:
-        """A batch without overlap took so long, in seconds."""
-        self.waited, self.computed, self.batches = waited, computed, 0
+    def measured(self, pairs: float, waited: float, computed: float) -> None:
+        """A batch without overlap took so long, in seconds; what is too small to be overlapped says nothing."""
+        if pairs >= _ENOUGH:
+            self.waited, self.computed, self.batches = waited, computed, 0
 
 
 class Summed(NamedTuple):
@@ -81,8 +83,9 @@ def summed(
     """
     sending = send(hidden, token, place, experts, group, weight)
     each = sending.local_use.shape[1]
+    pairs = float((sending.local_use != 0).sum()) / each
     # How the ranks decide may differ: the collectives are the same either way.
-    overlaps = pace is not None and pace.overlaps(float((sending.local_use != 0).sum()) / each)
+    overlaps = pace is not None and pace.overlaps(pairs)
     own = hidden.new_zeros(sending.local_rows.shape if overlaps else (0, hidden.shape[1]), dtype=torch.float32)
     early = torch.arange(each, device=hidden.device) < each // 2  # experts whose local rows are computed on the way out
     if overlaps:
@@ -105,7 +108,7 @@ def summed(
         _add(own, sending.local_rows, sending.local_use * ~early, compute)
     returning.wait()
     if pace is not None and not overlaps:
-        pace.measured(came - start + time.perf_counter() - done, done - came)
+        pace.measured(pairs, came - start + time.perf_counter() - done, done - came)
     if overlaps:
         first = sum(arrived.sent_rows[:here])
         back[first : first + len(own)] = own.to(hidden.dtype)
