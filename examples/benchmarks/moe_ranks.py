@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from links import limit
 from moe_models import SHAPES, Pinned, pinned
+from moe_traffic import Traffic
 from moe_ways import WAYS, Plans, Routing, plans_of
 from torch import Tensor, nn
-from traffic import Traffic
 
 from forerun.moe.requests import assign
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from deepspeed_program import answers, assert_same_weights, planned, weights
 from deepspeed_program import joined as join
+from moe_traffic import Traffic
 from tiny_models import tiny
-from traffic import Traffic
 
 from forerun.moe.deepspeed import speculate, unspeculate
 
