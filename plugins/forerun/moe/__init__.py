@@ -22,7 +22,7 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
     transformers.py   profiles of transformers models
     deepspeed.py  `speculate`, `unspeculate`: DeepSpeed's AutoEP layers, in place; deepspeed_shuffle.py tokens shuffled
                   around tensor-parallel attention
-    commands.py   `forerun moe profile | plan | show`
+    commands.py, demo.py   `forerun moe profile | plan | show`, `forerun demo`
 
 Axes: L MoE layers, E experts, k experts of a token, R ranks, N token ids, n tokens of a batch, P paths.
 
