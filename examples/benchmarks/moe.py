@@ -43,8 +43,8 @@ def main(parts: list[str], out: Path, options: argparse.Namespace) -> None:
         settings = {
             "models": options.models.split(","),
             "shape": options.shape,
-            "requests": {"random": 8, "planted": 8, "tiny": 16},
-            "length": {"random": options.length, "planted": options.length, "tiny": 32},
+            "requests": {"random": 8, "planted": 8, "folded": 8, "tiny": 16},
+            "length": {"random": options.length, "planted": options.length, "folded": options.length, "tiny": 32},
             "decode": 4,
             "repeats": options.repeats,
             "calibration": 6,
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     parser.add_argument("--effort", type=int, default=600, help="descents of a placement")
     parser.add_argument("--curve-effort", type=int, default=150, help="descents of a point of the trade-off")
     parser.add_argument("--out", type=Path, default=_RESULTS)
-    parser.add_argument("--models", default="random,planted,tiny", help="of the serving part")
+    parser.add_argument("--models", default="random,planted,folded,tiny", help="of the serving part")
     parser.add_argument("--shape", choices=("olmoe", "small"), default="olmoe", help="of models with random weights")
     parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
     parser.add_argument("--links", default=",".join(moe_serving.LINKS), help="links; all but loopback need root")

@@ -2,6 +2,7 @@
 
 - random: OLMoE's shape (64 experts, top 8), random weights, two MoE layers.
 - planted: the same; each token id takes experts of one of four hidden blocks, a fifth of its pairs any expert.
+- folded: planted on a smaller shape, attention tensor-parallel over the same ranks; requests of ids of any block.
 - tiny: `examples/assets/tiny_moe`, trained on the standard library's sources, on files held out of that.
 
 Attention is Qwen3-MoE's, which DeepSpeed also runs tensor-parallel. A rank never holds more than its own experts.
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -44,7 +46,11 @@ class Shape(NamedTuple):
     vocabulary: int = 2048
 
 
-SHAPES = {"olmoe": Shape(2048, 1024), "small": Shape(256, 128, vocabulary=256)}
+SHAPES = {
+    "olmoe": Shape(2048, 1024),
+    "small": Shape(256, 128, vocabulary=256),
+    "folded": Shape(512, 256, vocabulary=512),
+}
 
 
 class Pinned(NamedTuple):
@@ -52,12 +58,15 @@ class Pinned(NamedTuple):
 
     model: nn.Module
     requests: Callable[[int, int, int], Tensor]  # seed, count, length -> [count, length] token ids
+    folded: bool = False  # every rank is asked all requests
 
 
 def pinned(name: str, shape: Shape) -> Pinned:
     """The model of this name, its experts spread over all ranks."""
     if name == "tiny":
         return _tiny()
+    if name == "folded":
+        return _folded(SHAPES["folded"])
     model = _random(shape)
     if name == "random":
         return Pinned(model, lambda seed, count, length: torch.from_numpy(_uniform(shape, seed, count, length)))
@@ -126,8 +135,8 @@ class _First(nn.Module):
         return output
 
 
-def _random(shape: Shape) -> nn.Module:
-    config = Qwen3MoeConfig(
+def _config(shape: Shape) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         moe_intermediate_size=shape.ffn,
@@ -141,6 +150,10 @@ def _random(shape: Shape) -> nn.Module:
         norm_topk_prob=True,
         max_position_embeddings=512,
     )
+
+
+def _random(shape: Shape) -> nn.Module:
+    config = _config(shape)
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config).eval()
     expert_parallel(model)
@@ -201,9 +214,40 @@ def _plant(model: Any, chosen: NDArray[np.int64]) -> None:
     wanted = torch.zeros(vocabulary, model.config.num_experts)
     wanted.scatter_(1, torch.from_numpy(chosen), 10 + torch.linspace(0, 1, chosen.shape[1]).repeat(vocabulary, 1))
     for decoder in model.model.layers:
-        decoder.mlp.router.gate.weight.copy_(wanted.t() @ signs[:vocabulary] / hidden)
+        mlp = decoder.mlp
+        gate = mlp.router.gate if hasattr(mlp, "router") else mlp.gate
+        gate.weight.copy_(wanted.t() @ signs[:vocabulary] / hidden)
         decoder.self_attn.o_proj.weight.mul_(0.01)
-        decoder.mlp.experts.w2.mul_(0.01)
+        (mlp.experts.w2 if hasattr(mlp, "router") else mlp.experts.down_proj).mul_(0.01)
+
+
+def _folded(shape: Shape) -> Pinned:
+    """By DeepSpeed's engine, which folds AutoTP and AutoEP; every rank holds the whole model before."""
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(_config(shape))
+    chosen, _ = _planted(shape)
+    _plant(model, chosen)
+    ranks = dist.get_world_size()
+    specs = [
+        {"patterns": [r".*\.o_proj\.weight$"], "partition_type": "row"},
+        {"patterns": [r".*\.[qkv]_proj\.weight$"], "partition_type": "column"},
+    ]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "tensor_parallel": {
+            "autotp_size": ranks,
+            "partition_config": {"use_default_specs": False, "layer_specs": specs},
+        },
+        "expert_parallel": {"enabled": True, "autoep_size": ranks, "use_grouped_mm": False},
+    }
+    engine = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())[0]
+    engine.eval()
+
+    def requests(seed: int, count: int, length: int) -> Tensor:
+        return torch.from_numpy(_uniform(shape, seed, count, length))
+
+    return Pinned(engine.module, requests, folded=True)
 
 
 def _tiny() -> Pinned:

@@ -72,15 +72,18 @@ class Serving:
 
     def __init__(self, name: str, pin: Pinned, settings: dict[str, Any]) -> None:
         self.name, self.model, self.settings = name, pin.model, settings
+        self.folded = pin.folded
         self.ranks, self.here = dist.get_world_size(), dist.get_rank()
         self.length, self.steps = settings["length"][name], settings["decode"]
         count = settings["requests"][name]
         self.requests = pin.requests(1, self.ranks * count, self.length + self.steps)
         batches = [pin.requests(1000 + at, self.ranks * count, self.length) for at in range(settings["calibration"])]
-        self.plans: Plans = plans_of(self.model, batches, settings["effort"])
+        self.plans: Plans = plans_of(self.model, batches, settings["effort"], self.folded)
 
     def split(self, plan: Any) -> np.ndarray:
-        """`[n]` the rank of each request: as the plan expects, or in order."""
+        """`[n]` the rank of each request: as the plan expects, or in order; where attention is parallel, every rank."""
+        if self.folded:
+            return np.full(len(self.requests), self.here)
         if plan is None:
             return np.arange(len(self.requests)) // (len(self.requests) // self.ranks)
         return assign(list(self.requests[:, : self.length]), plan, limit=1.0)
@@ -133,11 +136,13 @@ class Serving:
     def run(self) -> list[dict[str, Any]]:
         found, stock = [], None
         for way in WAYS:
+            if way.name == "classic" and self.folded:
+                continue
             place = way.plan(self.plans)
             rank_of = self.split(place if way.split else None)
             mine = np.flatnonzero(rank_of == self.here)
             ids = self.requests[torch.from_numpy(mine)]
-            with way.applied(self.model, place) as layers:
+            with way.applied(self.model, place, self.folded) as layers:
                 counts = every(self.counted(ids, layers) | {"requests": mine})
                 logits = torch.empty(len(self.requests), counts[0]["logits"].shape[1])
                 for part in counts:

@@ -25,9 +25,9 @@ _NAMES = {
     "exact": "forerun, exact",
     "dispatcher": "forerun's dispatcher alone",
     "by load": "experts by load alone",
-    "s-EG": "experts grouped",
-    "s-TS": "requests assigned",
-    "both": "grouped and assigned",
+    "s-EG": "experts grouped (s-EG)",
+    "s-TS": "tokens assigned (s-TS)",
+    "both": "s-EG and s-TS",
 }
 
 
@@ -125,7 +125,9 @@ def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if one["way"] in ("autoep", "classic"):
             continue
         for peer in ("autoep", "classic"):
-            other = at[one["model"], one["ranks"], one["link"], peer]
+            other = at.get((one["model"], one["ranks"], one["link"], peer))
+            if other is None:
+                continue
             case = f"{one['model']}, {one['ranks']} ranks"
             name = f"{case}, {one['link']}, {_NAMES[one['way']]}: prefill, a layer"
             result.append(

@@ -56,19 +56,19 @@ class Routing:
 
 
 @torch.no_grad()
-def plans_of(model: Any, batches: Sequence[Tensor], effort: int) -> Plans:
+def plans_of(model: Any, batches: Sequence[Tensor], effort: int, folded: bool) -> Plans:
     """Plans from what the model's routers choose on these batches (`[ranks * n, length]` each), rank 0's for all."""
     found = host.layers(model)
     layer = found[0][2]
     identity = Identity(host.name_of(model), tuple(n for n, _, _ in found), layer.num_experts, layer.top_k)
     recorder, ranks = Recorder(identity), dist.get_world_size()
     for batch in batches:
-        mine = batch.chunk(ranks)[dist.get_rank()]
+        mine = batch if folded else batch.chunk(ranks)[dist.get_rank()]
         with Routing(model) as routing:
             model(mine, use_cache=False)
         parts: list[Any] = [None] * ranks
         dist.all_gather_object(parts, (mine.flatten().numpy(), np.stack(routing.experts)))
-        for ids, experts in parts:
+        for ids, experts in parts[:1] if folded else parts:
             recorder.add(ids, experts)
     told: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -117,8 +117,8 @@ class Way:
     exact: bool = False
 
     @contextmanager
-    def applied(self, model: Any, plan: Plan | None) -> Iterator[list[nn.Module]]:
-        """Within, the model is served this way; its MoE layers."""
+    def applied(self, model: Any, plan: Plan | None, folded: bool) -> Iterator[list[nn.Module]]:
+        """Within, the model is served this way; its MoE layers, or where tokens are shuffled the decoder layers."""
         decoders = [model.get_submodule(name.rpartition(".")[0]) for _, name, _ in host.layers(model)]
         stock = [decoder.mlp for decoder in decoders]
         try:
@@ -126,8 +126,8 @@ class Way:
                 for decoder in decoders:
                     decoder.mlp = as_classic(decoder.mlp)
             elif self.ours:
-                speculate(model, plan, exact=self.exact)
-            yield [decoder.mlp for decoder in decoders]
+                speculate(model, plan, exact=self.exact, shuffle=self.split)
+            yield decoders if folded else [decoder.mlp for decoder in decoders]
         finally:
             for decoder, layer in zip(decoders, stock, strict=True):
                 decoder.mlp = layer
@@ -162,6 +162,9 @@ class Way:
         serving.routed = routed
         each = [[part[place] for part in routed] for place in range(layers)]
         formula = sum(self.expected(plan, parts, place, experts) for place, parts in enumerate(each)) * width
+        if serving.folded:  # an all-reduce in two halves; stock's partition and gathering are not put in a formula
+            tokens, ranks = serving.requests.shape[0] * serving.length, serving.ranks
+            formula += layers * (ranks - 1) * (tokens + -(-tokens // ranks) * ranks) * width
         rank = np.stack([contiguous(experts, serving.ranks)] * layers) if plan is None else plan.rank
         load = [
             np.bincount(rank[place][np.concatenate(parts).ravel()], minlength=serving.ranks)
@@ -171,7 +174,7 @@ class Way:
         index = [part["prefill"]["index"] for part in counts]
         return {
             "row_bytes": sum(sent) / layers,
-            "row_bytes_formula": formula / layers,
+            "row_bytes_formula": formula / layers if self.ours or not serving.folded else None,
             "index_bytes": sum(index) / layers,
             "busiest_bytes": max(a + b for a, b in zip(sent, index, strict=True)) / layers,
             "collectives": counts[0]["prefill"]["calls"],
