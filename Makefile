@@ -3,6 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := bash
 SCHEME ?=
+# Test files run side by side, each process on a core: a file stays in one process, which its engines and models serve.
+JOBS ?= 2
+PYTEST := pytest -m "not soak" -n $(JOBS) --dist loadfile
+test test-oldest test-torchrec: export OMP_NUM_THREADS = 1
 
 # Real models' routing tables, where they lie beside the checkout: tests that need them skip without.
 ROUTING_DATA := $(wildcard ../shared/data/moe_routing)
@@ -27,16 +31,16 @@ types: setup ## Check the types
 	$(BIN)/mypy
 
 test: lint types ## Everything that CI runs: lint, types, all tests but the soak's
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/$(PYTEST)
 	@$(MAKE) --no-print-directory test-oldest test-torchrec
 
 test-oldest: setup ## The tests of what the oldest supported releases serve
-	.venv-oldest/bin/pytest -m "not soak" tests/picard tests/adapters
+	.venv-oldest/bin/$(PYTEST) tests/picard tests/adapters
 
 test-torchrec: setup ## The tests of what stands on torchrec, on its oldest and its newest release
 	for release in 1.7 1.9; do \
 		FORERUN_TORCHREC=$$release PYTHONPATH=$(CURDIR)/.venv-torchrec-$$release \
-		$(BIN)/pytest -m "not soak" tests/dlrm tests/adapters/test_torchrec*.py || exit; \
+		$(BIN)/$(PYTEST) tests/dlrm tests/adapters/test_torchrec*.py || exit; \
 	done
 
 soak: setup ## The tests at full counts, which takes long: tests/results/soak.txt

@@ -19,9 +19,9 @@ from forerun_adapters._require import require_library
 
 require_library("transformers", extra="deepspeed")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig  # noqa: E402
 
-__all__ = ["Router", "embeddings", "load", "name_of", "routers", "watched"]
+__all__ = ["Router", "config_of", "embeddings", "load", "name_of", "routers", "watched"]
 
 
 class Router(NamedTuple):
@@ -44,6 +44,15 @@ def load(path: str, device: str, dtype: str) -> tuple[nn.Module, Any]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     return model, tokenizer
+
+
+def config_of(path: str) -> dict[str, Any]:
+    """What the `config.json` of a folder or repository says.
+
+    Raises:
+        OSError: There is none.
+    """
+    return dict(PretrainedConfig.get_config_dict(path)[0])
 
 
 def embeddings(path: str) -> Tensor:

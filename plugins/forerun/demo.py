@@ -14,7 +14,12 @@ from forerun.report import Section, write_page
 
 __all__ = ["SCHEMES", "DemoError", "run"]
 
-SCHEMES = {"picard": "forerun.picard.demo:run", "dlrm": "forerun.dlrm.demo:run", "moe": "forerun.moe.demo:run"}
+SCHEMES = {
+    "picard": "forerun.picard.demo:run",
+    "runahead": "forerun.runahead.demo:run",
+    "dlrm": "forerun.dlrm.demo:run",
+    "moe": "forerun.moe.demo:run",
+}
 
 
 class DemoError(Exception):

@@ -88,17 +88,18 @@ def test_demo_needs_a_checkout(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_one_line_error(run("demo"), "sample_digits.py", "checkout")
     assert_one_line_error(run("demo", "--scheme", "dlrm"), "plan_dlrm.py", "checkout")
+    assert_one_line_error(run("demo", "--scheme", "runahead"), "share_prompt.py", "checkout")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_demo_writes_the_page_and_says_where(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("forerun.picard.demo.run", lambda progress: Section("picard", "shown"))
-    monkeypatch.setattr("forerun.dlrm.demo.run", lambda progress: Section("dlrm", "planned"))
+    for scheme, text in (("picard", "shown"), ("runahead", "shared"), ("dlrm", "planned")):
+        monkeypatch.setattr(f"forerun.{scheme}.demo.run", lambda progress, of=(scheme, text): Section(*of))
     result = run("demo", "--out", tmp_path / "report")
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "report" / "index.html") in result.stdout.replace("\n", "")
     page = (tmp_path / "report" / "index.html").read_text()
-    assert page.index("shown") < page.index("planned")
+    assert page.index("shown") < page.index("shared") < page.index("planned")
 
 
 def test_a_demos_script_that_fails_says_what_it_printed(run, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`forerun runahead ...`: splits explained."""
+"""`forerun runahead ...`: engines measured, splits explained."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.console import Console
 if TYPE_CHECKING:
     from forerun.runahead.chain import Chain
     from forerun.runahead.partition import Split
+
+from forerun.runahead.tune_command import tune
 
 __all__ = ["app"]
 
@@ -86,3 +88,6 @@ def _from_config(path: Path | None, tflops: float | None, gbytes: float, latency
         raise ValueError(f"{path} holds no JSON object; expected a model's config.json")
     shape = Shape.from_config(config)
     return Chain(shape.cost(tflops * 1e12), Link(gbytes * 1e9, latency), shape.layers, shape.kv_bytes, shape.before)
+
+
+app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(tune)

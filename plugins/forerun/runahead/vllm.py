@@ -34,12 +34,11 @@ from forerun.runahead.relay import Relay
 from forerun.runahead.stage import Part, Stages, parse_stage
 from forerun.runahead.transport import Peer, parse_address
 from forerun.runahead.vllm_stats import COUNTED, ChainMetrics, ChainStats
-from forerun.runahead.wire import identity
+from forerun.runahead.wire import SECRET, identity
 from forerun_adapters import vllm as host
 
-__all__ = ["SECRET", "RunaheadConnector"]
+__all__ = ["RunaheadConnector"]
 
-SECRET = "FORERUN_RUNAHEAD_SECRET"
 _OPTIONS = {"listen": "127.0.0.1:0", "transport": "auto", "timeout": 30.0, "capacity": 4 << 30, "identity": ""}
 _POLL = 0.005  # seconds that an engine with nothing else to do waits for a chain at a time
 

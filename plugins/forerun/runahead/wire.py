@@ -16,8 +16,21 @@ from typing import Literal, NamedTuple, Protocol
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 
-__all__ = ["VERSION", "BrokenFrame", "Header", "Piece", "Refused", "Session", "Stream", "admit", "greet", "identity"]
+__all__ = [
+    "SECRET",
+    "VERSION",
+    "BrokenFrame",
+    "Header",
+    "Piece",
+    "Refused",
+    "Session",
+    "Stream",
+    "admit",
+    "greet",
+    "identity",
+]
 
+SECRET = "FORERUN_RUNAHEAD_SECRET"  # the environment variable that holds it
 VERSION = 1
 _MAGIC = b"FRKV"
 _HELLO = struct.Struct("!4sH16s32s")  # magic, version, nonce, model

