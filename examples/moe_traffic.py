@@ -46,9 +46,11 @@ class Traffic:
             ("all_reduce", self._all_reduce),
             ("all_gather", self._all_gather),
             ("all_gather_into_tensor", self._all_gather),
+            ("all_gather_single", self._all_gather),
         ):
-            self._kept[name] = getattr(dist, name)
-            setattr(dist, name, _also(self._kept[name], count))
+            if hasattr(dist, name):
+                self._kept[name] = getattr(dist, name)
+                setattr(dist, name, _also(self._kept[name], count))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -102,11 +102,15 @@ class Serving:
         row = self.model.config.hidden_size * 4
         with Routing(self.model) as routing, Traffic(row) as sent:
             answer = self.prefill(ids)
+        # What the classic layer pads every expert to, by its own count.
+        classics = [getattr(layer, "classic", None) for layer in layers]
+        most = [0 if one is None else int(one.deepspeed_moe.exp_counts.max()) for one in classics]
         with Traffic(row) as then:
             self.decode(ids, answer.past_key_values)
         per = len(layers)
         return {
             "experts": routing.experts,
+            "most": most,
             "logits": answer.logits[:, -1].clone(),
             "prefill": {"rows": dict(sent.rows), "index": sent.index.total(), "calls": sent.calls.total() / per},
             "decode": {"rows": then.rows.total() / self.steps, "index": then.index.total() / self.steps},

@@ -133,7 +133,9 @@ class Way:
                 decoder.mlp = layer
             unspeculate(model)
 
-    def expected(self, plan: Plan | None, experts: list[NDArray[np.int64]], place: int, count: int) -> int:
+    def expected(
+        self, plan: Plan | None, experts: list[NDArray[np.int64]], place: int, count: int, capacity: int
+    ) -> int:
         """Bytes of hidden states, in rows, that all ranks send in a layer, there and back, by `forerun.moe.dispatch`.
 
         Args:
@@ -141,13 +143,13 @@ class Way:
             experts: `[n, k]` of each rank's tokens.
             place: The layer's.
             count: E.
+            capacity: Rows of each expert that the classic layer sends.
         """
         ranks = len(experts)
         rank = contiguous(count, ranks) if plan is None else plan.rank[place]
         home = np.repeat(np.arange(ranks), [len(part) for part in experts])
         sent = rows(np.concatenate(experts), np.asarray(rank, np.int64), home, ranks)
         if self.name == "classic":
-            capacity = max(int(np.bincount(part.ravel(), minlength=count).max()) for part in experts)
             return 2 * count * capacity * (ranks - 1)
         if self.ours:
             return sent.leaving() + sent.leaving(deduplicated=not self.exact)
@@ -158,10 +160,17 @@ class Way:
     ) -> dict[str, Any]:
         """What all ranks measured, as one entry; bytes of a layer are all ranks', milliseconds the slowest rank's."""
         width, experts = serving.model.config.hidden_size * 4, serving.plans.grouped.identity.experts
-        routed = serving.routed if self.name == "classic" else [part["experts"] for part in counts]
-        serving.routed = routed
+        if (
+            self.name != "classic"
+        ):  # whose routers are not AutoEP's: its load is that of the way before, of the same split
+            serving.routed = [part["experts"] for part in counts]
+        routed = serving.routed
         each = [[part[place] for part in routed] for place in range(layers)]
-        formula = sum(self.expected(plan, parts, place, experts) for place, parts in enumerate(each)) * width
+        formula = sum(
+            self.expected(plan, parts, place, experts, max(part["most"][place] for part in counts))
+            for place, parts in enumerate(each)
+        )
+        formula *= width
         if serving.folded:  # an all-reduce in two halves; stock's partition and gathering are not put in a formula
             tokens, ranks = serving.requests.shape[0] * serving.length, serving.ranks
             formula += layers * (ranks - 1) * (tokens + -(-tokens // ranks) * ranks) * width

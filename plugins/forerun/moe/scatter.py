@@ -57,7 +57,7 @@ def gather(rows: Tensor, shuffle: Shuffle, group: Group = None) -> Tensor:
     if len(rows) < most:
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
-    every = rows.new_empty(most * len(shuffle.sizes), *rows.shape[1:])
-    dist.all_gather_into_tensor(every, padded.contiguous(), group=group)
+    every = rows.new_empty(len(shuffle.sizes), most, *rows.shape[1:])
+    dist.all_gather(list(every), padded.contiguous(), group=group)
     kept = [torch.arange(size) + rank * most for rank, size in enumerate(shuffle.sizes)]
-    return every.index_select(0, torch.cat(kept).to(rows.device)[shuffle.inverse])
+    return every.flatten(0, 1).index_select(0, torch.cat(kept).to(rows.device)[shuffle.inverse])
