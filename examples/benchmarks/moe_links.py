@@ -37,11 +37,11 @@ def namespaces(ranks: int) -> Iterator[list[str]]:
     """
     if os.geteuid():
         raise PermissionError("network namespaces need root: run as root, or with --links loopback")
-    made: list[str] = []
+    names = [_HUB, *map(_name, range(ranks))]
+    _remove(names)  # of a run that was killed
     try:
-        for name in (_HUB, *map(_name, range(ranks))):
+        for name in names:
             _run("ip", "netns", "add", name)
-            made.append(name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
         _run("ip", "-n", _HUB, "link", "add", "switch", "type", "bridge")
         _run("ip", "-n", _HUB, "link", "set", "switch", "up")
@@ -52,10 +52,14 @@ def namespaces(ranks: int) -> Iterator[list[str]]:
             _run("ip", "-n", _HUB, "link", "set", port, "up")
             _run("ip", "-n", _name(rank), "addr", "add", f"{ADDRESS.format(rank + 1)}/24", "dev", INTERFACE)
             _run("ip", "-n", _name(rank), "link", "set", INTERFACE, "up")
-        yield made[1:]
+        yield names[1:]
     finally:
-        for name in made:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        _remove(names)
+
+
+def _remove(names: list[str]) -> None:
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def limit(rank: int, rate: str | None) -> None:
