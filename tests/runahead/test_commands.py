@@ -1,8 +1,9 @@
-"""`forerun runahead plan`: what it explains, and its errors."""
+"""`forerun runahead plan` and `serve`: what they say, and their errors."""
 
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 from typer.testing import CliRunner
@@ -93,3 +94,43 @@ def test_one_source_of_costs_is_wanted(run, table, config, tmp_path):
     assert "--table, or --config" in run("--tokens", 100).stderr
     assert "--table, or --config" in run("--tokens", 100, "--table", table, "--config", config).stderr
     assert "none.json" in run("--tokens", 100, "--table", tmp_path / "none.json").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engines", "0"], "--engines is 0; expected 1 or more, or 0 with --join"),
+        (["--join", "10.0.0.2:8000"], "expected URL=HOST:PORT"),
+        (["--join", "http://10.0.0.2:8000=10.0.0.2"], "expected host:port"),
+        (["--engines", "0", "--join", "http://a:1=a:2", "--dtype", "auto"], "are for engines started here"),
+        (["--engines", "100000"], "cores for 100000 engines of 1: take fewer engines"),
+        (["--kv-transfer-config", "{}"], "--kv-transfer-config is set for each engine"),
+        (["--cores", "0|0"], "one is named twice"),
+    ],
+)
+def test_serve_says_what_is_wrong(arguments, message, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    result = CliRunner().invoke(cli.app, ["runahead", "serve", "some/model", "--port", "0", *arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_serve_takes_no_port_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(cli.app, ["runahead", "serve", "some/model", "--port", port])
+    assert result.exit_code == 1
+    assert f"127.0.0.1:{port}: Address already in use" in result.stderr
+
+
+def test_serve_takes_no_table_of_another_model(table):
+    result = CliRunner().invoke(cli.app, ["runahead", "serve", "some/model", "--port", "0", "--table", str(table)])
+    assert result.exit_code == 1
+    assert "expected some/model: make one by `forerun runahead tune`" in result.stderr
+
+
+def test_serve_says_so_when_engines_that_were_joined_do_not_answer():
+    join = ["--engines", "0", "--join", "http://127.0.0.1:9=127.0.0.1:9", "--start-timeout", "1"]
+    result = CliRunner().invoke(cli.app, ["runahead", "serve", "some/model", "--port", "0", *join])
+    assert result.exit_code == 1
+    assert "no engine answers at http://127.0.0.1:9 after 1 s" in result.stderr

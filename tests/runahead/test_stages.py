@@ -108,6 +108,9 @@ def test_parameters_are_read():
         parse_stage({"runahead": {**given_part, "next": "h:1"}}, BLOCK)
     with pytest.raises(ValueError, match="blocks of 4"):
         parse_stage({"runahead": {**given_part, "start": 6}}, BLOCK)
+    with pytest.raises(ValueError, match="digest of the prompt"):
+        parse_stage({"runahead": {**given_part, "prompt": 5}}, BLOCK)
+    assert parse_stage({"runahead": {**given_part, "prompt": "ab"}}, BLOCK).prompt == "ab"
 
 
 class Worker:

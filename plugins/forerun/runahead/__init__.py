@@ -14,8 +14,12 @@ gives the first token and holds the whole cache, so it decodes on.
     traffic.py    bytes and dot products by formula
     wire.py, stream.py   what engines say to each other: handshake, frames; sockets on which it ends in time
     mailbox.py, transport.py   keys and values from an engine to the next, and what came and was not taken yet
-    engines.py    vLLM servers as child processes; arguments.py, places.py, process.py, keeper.py: what they may be
-                  told, where they run, how one starts, and how it ends for certain
+    engines.py    vLLM servers as child processes (process.py, keeper.py: one's start and certain end; places.py:
+                  its cores or GPUs; arguments.py: what it may be told)
+    serving.py    one server before the engines
+    front.py, completion.py, relaying.py, asking.py   HTTP: what comes, whom it is sent to, what goes back
+    routing.py, prefixes.py, counts.py   chain or one engine; what caches hold; what is counted
+    fleet.py, engine.py   the engines as the front sees them
     picture.py    a split explained: table and timeline
     commands.py   `forerun runahead …`
 

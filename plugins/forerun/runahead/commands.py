@@ -1,4 +1,4 @@
-"""`forerun runahead ...`: engines measured, splits explained."""
+"""`forerun runahead ...`: engines served as one, measured, splits explained."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from forerun.runahead import serve_command
+from forerun.runahead.tune_command import tune
+
 if TYPE_CHECKING:
     from forerun.runahead.chain import Chain
     from forerun.runahead.partition import Split
 
-from forerun.runahead.tune_command import tune
-
 __all__ = ["app"]
 
 app = typer.Typer(name="runahead", help="A long prompt's first token from several engines.", no_args_is_help=True)
+app.command(context_settings=serve_command.SETTINGS)(serve_command.serve)
 
 
 @app.callback()

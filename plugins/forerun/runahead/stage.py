@@ -21,12 +21,14 @@ class Stage:
         start: Tokens before the engine's own context; they come from the engine before it. 0: it is the first.
         end: Where the own context ends; for all but the last engine the prompt ends there.
         next: The receiver of the engine after it; None: it is the last.
+        prompt: `forerun.runahead.prefixes.digest` of the tokens before the context's end; None: taken on trust.
     """
 
     chain: bytes
     start: int
     end: int
     next: Address | None
+    prompt: str | None = None
 
 
 class Part(NamedTuple):
@@ -56,7 +58,10 @@ def parse_stage(params: Mapping[str, Any] | None, block: int) -> Stage | None:
         raise ValueError(f"runahead parameters {given!r}: expected 32 hex digits, and 0 <= start < end")
     if start % block or (follows is not None and end % block):
         raise ValueError(f"tokens {start} to {end} do not keep to blocks of {block}, as the engine's cache does")
-    return Stage(chain, start, end, follows)
+    prompt = given.get("prompt")
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"runahead parameters {given!r}: expected the digest of the prompt as text")
+    return Stage(chain, start, end, follows, prompt)
 
 
 @dataclass
@@ -91,6 +96,9 @@ class Stages:
         self._reach: Mapping[bytes, int] = {}
         self._broken: frozenset[bytes] = frozenset()
         self.given_up = 0  # requests that waited in vain
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._requests
 
     def note(self, reach: Mapping[bytes, int], broken: frozenset[bytes], failed: frozenset[bytes]) -> list[int]:
         """What the workers have: tokens of the first layer, chains cut off, chains whose load failed.

@@ -10,7 +10,9 @@ prompt up to the end of its own context, at once, with `kv_transfer_params`
 
     {"runahead": {"chain": 32 hex digits, "start": tokens before its context, "end": its end, "next": "host:port"}}
 
-the last engine the whole prompt and no `next`; it gives the answer. The others are asked for one token. A request
+the last engine the whole prompt and no `next`; it gives the answer. The others are asked for one token. `"prompt"`, the
+digest of the tokens before `end`, is there where the engine makes its tokens itself: if they are others than those that
+the chain is for, it computes alone. A request
 without these parameters is served as if the connector were not there. What engines say to each other is authenticated
 by the secret, not encrypted; whom a request names as `next` learns nothing without it.
 
@@ -26,12 +28,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from forerun.runahead.prefixes import digest
 from forerun.runahead.relay import Relay
-from forerun.runahead.stage import Part, Stages, parse_stage
+from forerun.runahead.stage import Part, Stage, Stages, parse_stage
 from forerun.runahead.transport import Peer, parse_address
 from forerun.runahead.vllm_stats import COUNTED, ChainMetrics, ChainStats
 from forerun.runahead.wire import SECRET, identity
@@ -117,12 +120,15 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
     # The scheduler's half.
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        assert self._stages is not None
         try:
             stage = parse_stage(request.kv_transfer_params, self._block)
+            if stage is not None and request.request_id not in self._stages:
+                _check_prompt(stage, request.prompt_token_ids)
         except ValueError as error:  # from a client: it must not end the engine
             _logger.warning("request %s is computed without a chain: %s", request.request_id, error)
             stage = None
-        if stage is None or self._stages is None:
+        if stage is None:
             return 0, False
         return self._stages.matched(request.request_id, stage, request.num_tokens, num_computed_tokens), False
 
@@ -241,3 +247,8 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
     ) -> Any:
         return ChainMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _check_prompt(stage: Stage, tokens: Sequence[int] | None) -> None:
+    if stage.prompt is not None and (tokens is None or digest(tokens[: stage.end]) != stage.prompt):
+        raise ValueError(f"its first {stage.end} tokens are not those of the chain's prompt")
