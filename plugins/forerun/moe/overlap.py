@@ -2,7 +2,7 @@
 
 An expert that is asked twice, for local rows and for those that came, rounds a product of matrices otherwise than one
 that is asked once, and reads its weights twice. So this is for the way back that may differ by roundings anyway, and
-only where rows took long to come.
+only where rows took long to come, as a clock on the host sees it: on a GPU the host does not wait, so never there.
 """
 
 from __future__ import annotations
