@@ -99,6 +99,15 @@ class TestAdmission:
         assert stages.take_finished() == []
 
 
+def test_a_request_that_its_chain_is_not_for_is_remembered_until_it_is_over():
+    stages = Stages(BLOCK, 10.0)
+    stages.refuse("r")
+    assert "r" in stages and stages.given_up == 1
+    assert stages.matched("r", stage(b"a" * 16, 8, 17), 17, 0) == 0 and not stages.waiting
+    stages.finish("r")
+    assert "r" not in stages and stages.take_finished() == []
+
+
 def test_parameters_are_read():
     given_part = {"chain": "ab" * 16, "start": 8, "end": 17, "next": None}
     assert parse_stage({"runahead": given_part}, BLOCK) == stage(b"\xab" * 16, 8, 17)

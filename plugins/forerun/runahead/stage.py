@@ -92,13 +92,19 @@ class Stages:
         self._block, self._timeout = block, timeout
         self._requests: dict[str, _Request] = {}
         self._owners: dict[bytes, str] = {}  # the one request of each chain
+        self._apart: set[str] = set()  # requests that a chain is not for
         self._finished: list[bytes] = []
         self._reach: Mapping[bytes, int] = {}
         self._broken: frozenset[bytes] = frozenset()
-        self.given_up = 0  # requests that waited in vain
+        self.given_up = 0  # requests that waited in vain, or that their chain was not for
 
     def __contains__(self, name: str) -> bool:
-        return name in self._requests
+        return name in self._requests or name in self._apart
+
+    def refuse(self, name: str) -> None:
+        """A request's prompt is not the one that its chain is for, or what it says of one means nothing."""
+        self._apart.add(name)
+        self.given_up += 1
 
     def note(self, reach: Mapping[bytes, int], broken: frozenset[bytes], failed: frozenset[bytes]) -> list[int]:
         """What the workers have: tokens of the first layer, chains cut off, chains whose load failed.
@@ -112,8 +118,9 @@ class Stages:
 
     def matched(self, name: str, stage: Stage, tokens: int, computed: int) -> int | None:
         """Tokens beyond those computed that come from the chain; None: not known yet."""
-        if self._owners.setdefault(stage.chain, name) != name:
-            return 0  # such as one of several samples of a prompt: what comes, comes once
+        if name in self._apart or self._owners.setdefault(stage.chain, name) != name:
+            self._apart.add(name)  # such as one of several samples of a prompt: what comes, comes once
+            return 0
         request = self._requests.setdefault(name, _Request(stage, time.monotonic()))
         if request.placed or computed >= stage.start or stage.start >= tokens:
             return 0
@@ -145,6 +152,7 @@ class Stages:
 
     def finish(self, name: str) -> None:
         """A request is over."""
+        self._apart.discard(name)
         if (request := self._requests.pop(name, None)) is not None:
             self._finished.append(request.stage.chain)
             self._owners.pop(request.stage.chain, None)

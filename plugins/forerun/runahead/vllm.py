@@ -126,8 +126,10 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
             if stage is not None and request.request_id not in self._stages:
                 _check_prompt(stage, request.prompt_token_ids)
         except ValueError as error:  # from a client: it must not end the engine
-            _logger.warning("request %s is computed without a chain: %s", request.request_id, error)
             stage = None
+            if request.request_id not in self._stages:
+                self._stages.refuse(request.request_id)
+                _logger.warning("request %s is computed without a chain: %s", request.request_id, error)
         if stage is None:
             return 0, False
         return self._stages.matched(request.request_id, stage, request.num_tokens, num_computed_tokens), False
