@@ -70,7 +70,7 @@ if __name__ == "__main__":
     parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
     parser.add_argument("--links", default=",".join(moe_serving.LINKS), help="links; all but loopback need root")
     parser.add_argument("--length", type=int, default=8, help="tokens of a request")
-    parser.add_argument("--repeats", type=int, default=3, help="of each timing")
+    parser.add_argument("--repeats", type=int, default=2, help="of each timing")
     parser.add_argument("--seconds", type=float, default=1800, help="after which a run is given up")
     options = parser.parse_args()
     main(options.parts.split(","), options.out, options)
