@@ -5,21 +5,24 @@ with a plan the experts lie where it says. Stock's router, experts and sum stay,
 stock's bit for bit: every expert sees the same rows in the same order.
 
 Not supported: training (without a plan, the stock forward pass runs under gradients; with one, that is an error),
-tokens shuffled between ranks, ZeRO stage 3, DeepEP, tensor parallelism folded into the layer. While a plan is applied
+ZeRO stage 3, DeepEP. While a plan is applied
 the experts do not lie as a checkpoint expects: saving and loading are refused until `unspeculate`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from forerun.moe.exchange import dispatch, return_pairs, return_sums
+from forerun.moe.deepspeed_shuffle import obstacle, shuffle_tokens, unshuffle_tokens
+from forerun.moe.exchange import dispatch, return_pairs
 from forerun.moe.identity import Identity
+from forerun.moe.overlap import Pace, summed
 from forerun.moe.plan import Plan
 from forerun_adapters import deepspeed as host
 
@@ -36,6 +39,9 @@ class _State:
     place: Tensor | None  # [E] the place of each expert
     hooks: list[Any]
     sent: int = 0  # rows that left this rank on the way there
+    pace: Pace = field(default_factory=Pace)
+    looked_at: bool = False  # whether `seen` is asked for
+    seen: Tensor | None = None  # [n] the rank of most of each token's experts, in the last batch
 
 
 class _Speculative(host.AutoEPLayer):  # type: ignore[misc]
@@ -52,27 +58,37 @@ class _Speculative(host.AutoEPLayer):  # type: ignore[misc]
         answer = host.routed(self, hidden)
         expert = answer.expert.flatten()
         place, order = (expert if state.place is None else state.place[expert]).sort(stable=True)
-        arrived = dispatch(answer.tokens, order // self.top_k, place, self.num_experts, self.ep_group)
-        state.sent += arrived.leaving(dist.get_rank(self.ep_group))
-        output = host.computed(self, arrived.rows[arrived.row], arrived.pairs)
+        to = (order // self.top_k, place)
+        if state.looked_at:
+            state.seen = _dominant(expert if state.place is None else state.place[expert], self)
         if state.exact:
+            arrived = dispatch(answer.tokens, *to, self.num_experts, self.ep_group)
+            output = host.computed(self, arrived.rows.index_select(0, arrived.row), arrived.pairs)
             output = host.combined(self, return_pairs(arrived, output), answer, order, hidden.shape)
+            state.sent += arrived.leaving(dist.get_rank(self.ep_group))
         else:
-            output = return_sums(arrived, output, answer.weight.flatten()[order]).reshape(hidden.shape)
+            weight, compute = answer.weight.flatten()[order], partial(host.computed_together, self)
+            output, sent = summed(answer.tokens, *to, weight, self.num_experts, compute, self.ep_group, state.pace)
+            output, state.sent = output.reshape(hidden.shape), state.sent + sent
         return host.finished(self, output, answer, hidden)
 
 
 @torch.no_grad()
-def speculate(model: Any, plan: Plan | None = None, *, exact: bool = True) -> None:
+def speculate(model: Any, plan: Plan | None = None, *, exact: bool = True, shuffle: bool = True) -> None:
     """Makes a model's AutoEP layers send each token to a rank once, its experts placed by a plan.
 
-    All ranks call it alike; it is undone by `unspeculate`.
+    All ranks call it alike; it is undone by `unspeculate`. Where attention is tensor-parallel (DeepSpeed's
+    `tensor_parallel` beside `expert_parallel`), a token's experts are asked from one rank: see
+    `forerun.moe.deepspeed_shuffle`.
 
     Args:
         model: The model, or DeepSpeed's engine around it.
         plan: Where experts lie; None: where they are.
         exact: A row per (token, expert) comes back and stock's own sum is taken: bit for bit stock's result. False: a
-            sum per rank comes back, fewer bytes; see `return_sums` for how far that may be off.
+            sum per rank comes back, fewer bytes, and local rows are computed while the rest travels where that is worth
+            it; see `forerun.moe.overlap.summed` for how far the result may be off.
+        shuffle: Where attention is tensor-parallel: a token goes to the rank that the plan expects its experts on;
+            False: tokens are split in their order.
 
     Raises:
         ValueError: The model has no AutoEP layer, one of settings that only stock serves, is speculated already, or the
@@ -83,7 +99,7 @@ def speculate(model: Any, plan: Plan | None = None, *, exact: bool = True) -> No
     if not found:
         raise ValueError(f"{type(module).__name__} has no AutoEP layer: deepspeed.initialize it with expert_parallel")
     for _, name, layer in found:
-        reason = host.obstacle(layer)
+        reason = host.obstacle(layer) or obstacle(module, name, layer)
         if isinstance(layer, _Speculative):
             raise ValueError(f"{name} is speculated already: unspeculate(model) first")
         if reason is not None:
@@ -101,12 +117,17 @@ def speculate(model: Any, plan: Plan | None = None, *, exact: bool = True) -> No
             hooks.append(layer.register_load_state_dict_pre_hook(_refuse_checkpoint))
         layer.forerun_state = _State(type(layer), exact, order, None if order is None else order.argsort(), hooks)
         layer.__class__ = _Speculative
+    if shuffle_tokens(module, [(name, layer) for _, name, layer in found], plan if shuffle else None):
+        for _, _, layer in found:
+            layer.forerun_state.looked_at = True
 
 
 @torch.no_grad()
 def unspeculate(model: Any) -> None:
     """Leaves the model as it was: stock layers, experts where they were, bit for bit. All ranks call it."""
-    for _, _, layer in host.layers(getattr(model, "module", model)):
+    module = getattr(model, "module", model)
+    unshuffle_tokens(module)
+    for _, _, layer in host.layers(module):
         state: _State | None = getattr(layer, "forerun_state", None)
         if state is None:
             continue
@@ -122,6 +143,12 @@ def sent_rows(model: Any) -> int:
     """Rows that left this rank on their way to experts since `speculate`."""
     found = host.layers(getattr(model, "module", model))
     return sum(layer.forerun_state.sent for _, _, layer in found if isinstance(layer, _Speculative))
+
+
+def _dominant(place: Tensor, layer: Any) -> Tensor:
+    """`[n]` the rank of most of each token's experts, pairs token by token; the first of equals."""
+    rank = (place // layer.num_local_experts).view(-1, layer.top_k)
+    return nn.functional.one_hot(rank, layer.ep_size).sum(1).argmax(1)
 
 
 def _move(layer: Any, before: Tensor, after: Tensor) -> None:
