@@ -59,11 +59,6 @@ class Mailbox:
             self.bytes += arrival.payload.nbytes
             self._changed.notify_all()
 
-    def holds(self, chain: bytes, layer: int, start: int, end: int) -> bool:
-        """Whether all tokens from `start` up to `end` are there."""
-        with self._changed:
-            return self._covered(chain, layer, start, end)
-
     def reach(self) -> dict[bytes, int]:
         """Of each chain, up to which token its first layer is there without a gap."""
         with self._changed:
