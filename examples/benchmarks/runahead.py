@@ -5,8 +5,9 @@
 
 Parts, each of which replaces its own rows in `results/runahead.json`:
 
-    ttft   one engine, tensor parallelism, pipeline parallelism with chunked prefill, and chains of two (even, searched,
-           interpolated, hand-picked; by shared memory and by TCP), in turns on the same cores
+    ttft   one engine, tensor parallelism, and chains of two over shared memory (even, searched, interpolated,
+           hand-picked), in turns on the same cores
+    others one engine, pipeline parallelism with chunked prefill, and the searched chains over TCP, likewise
     link   chains over a slow link between two network namespaces, beside tensor parallelism's all-reduces (needs root)
     more   three engines and more: rehearsed with injected sleeps, and by the recurrence
 
@@ -21,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,19 @@ from measurement import comparison, provenance
 from runahead_links import HOSTS, SPACES, linked
 from runahead_more import more
 from runahead_picture import draw
-from runahead_ttft import Settings, measure
+from runahead_ttft import Settings, measure, measure_others
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from runahead_model import KINDS, make
 
 RESULTS = Path(__file__).with_name("results") / "runahead.json"
 RATES = ("1gbit", "100mbit")
+PARTS = ("ttft", "others", "link", "more")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("ttft", "link", "more"), default=["ttft", "link", "more"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--kind", choices=KINDS, default="qwen3")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -55,18 +58,38 @@ def main() -> None:
         model = make(Path(folder) / "model", given.kind, layers=given.layers, hidden=given.hidden)
         settings = Settings(model, Path(folder), given.lengths, given.repeats)
         parts = result["parts"]
-        if "ttft" in given.parts:
-            parts["ttft"] = measure(settings) | _made(given)
-        for rate in RATES if "link" in given.parts else ():
-            parts[f"link {rate}"] = _over(rate, settings, given.linked) | _made(given)
-        if "more" in given.parts:
-            parts["more"] = more(parts["ttft"]["table"]) | _made(given)
-    result["rows"] = _comparisons(parts)
-    given.out.parent.mkdir(exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
-    draw(parts, given.out.with_suffix(".png"))
+        try:
+            for part, found in _measured(given, settings, parts):
+                parts[part] = found | _made(given)
+                _write(result, given.out)
+        except (RuntimeError, subprocess.CalledProcessError):
+            for log in Path(folder).glob("*.log"):
+                print(f"== {log.name}", log.read_text()[-3000:], sep="\n", file=sys.stderr)
+            raise
     for row in result["rows"]:
         print(f"{row['name']}: {row['ours']:.3f} against {row['peer']:.3f} ({row['peer_name']}): {row['ratio']:.2f}x")
+
+
+def _measured(
+    given: argparse.Namespace, settings: Settings, parts: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Part by part; later ones take the splits and the cost of the first."""
+    if "ttft" in given.parts:
+        yield "ttft", measure(settings)
+    if "others" in given.parts:
+        rows = [row for row in parts["ttft"]["rows"] if row["way"] == "searched"]
+        yield "others", measure_others(settings, {row["tokens"]: row["splits"]["searched"] for row in rows})
+    for rate in RATES if "link" in given.parts else ():
+        yield f"link {rate}", _over(rate, settings, given.linked)
+    if "more" in given.parts:
+        yield "more", more(parts["ttft"]["table"])
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    result["rows"] = _comparisons(result["parts"])
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result["parts"], out.with_suffix(".png"))
 
 
 def _made(given: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from forerun.runahead.tuning import tune
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from runahead_model import text
 
-__all__ = ["Settings", "measure", "measure_link"]
+__all__ = ["Settings", "measure", "measure_link", "measure_others"]
 
 _CHUNK = 1024  # tokens of pipeline parallelism's chunked prefill
 _PICKED = (0.5, 0.55, 0.6, 0.65, 0.7)  # the first engine's share, as one might pick it by hand
@@ -85,13 +85,9 @@ class _Turns:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """The part `ttft`: rows, and the table that the chains were split by.
-
-    Two rounds, as not all servers fit into memory at once; one engine is measured in both.
-    """
+    """The part `ttft`: rows, and the table that the chains were split by."""
     longest = max(settings.lengths)
-    whole = ["--max-model-len", str(longest + 64), "--max-num-batched-tokens", str(longest)]
-    chunked = ["--max-model-len", str(longest + 64), "--max-num-batched-tokens", str(_CHUNK)]
+    whole = _sized(longest, longest)
     prompts = _Prompts(settings.model)
     turns = _Turns(settings.repeats)
     with ExitStack() as ends:
@@ -123,21 +119,37 @@ def measure(settings: Settings) -> dict[str, Any]:
                     turns.take(tokens, {f"picked {share:.0%}": round_.by(chain, (first, tokens - first))})
         pairs = (("one engine", single), ("chain's last", chain[1]))
         decoding = {way: _decoding(pair, prompts(2048)) for way, pair in pairs}
-    again = _Turns(settings.repeats)
+    return {"rows": turns.rows, "table": _plain(table), "decoding": decoding}
+
+
+def measure_others(settings: Settings, splits: dict[int, list[int]]) -> dict[str, Any]:
+    """The part `others`: what does not fit into memory beside the first part's servers; one engine is measured again.
+
+    Args:
+        settings: As the first part's.
+        splits: Its searched splits, by prompt length.
+    """
+    longest = max(splits)
+    whole, chunked = _sized(longest, longest), _sized(longest, _CHUNK)
+    prompts, turns = _Prompts(settings.model), _Turns(settings.repeats)
     with ExitStack() as ends:
         round_ = _Round(settings, prompts, ends)
         single = round_.served("single", [0], whole)
         pipeline = round_.served("pipeline", [0, 1], [*chunked, "--pipeline-parallel-size", "2"], threads="0|1")
         chain = [round_.served(f"wired-{i}", [i], whole, chained=True, transport="tcp") for i in range(2)]
-        for tokens in settings.lengths:
-            contexts = search(table.chain, tokens, 2, fewest=2, block=table.block).contexts
+        for tokens, contexts in splits.items():
             ways = {
-                "one engine, again": round_.alone(single, tokens),
+                "one engine": round_.alone(single, tokens),
                 "PP=2": round_.alone(pipeline, tokens),
-                "searched, TCP": round_.by(chain, contexts),
+                "searched": round_.by(chain, contexts),
             }
-            again.take(tokens, ways)
-    return {"rows": turns.rows + again.rows, "table": _plain(table), "decoding": decoding}
+            turns.take(tokens, ways)
+    return {"rows": turns.rows}
+
+
+def _sized(longest: int, chunk: int) -> list[str]:
+    """vLLM's arguments for prompts of so many tokens, prefilled so many at a time."""
+    return ["--enforce-eager", "--max-model-len", str(longest + 64), "--max-num-batched-tokens", str(chunk)]
 
 
 class _Round:
@@ -186,7 +198,7 @@ def measure_link(
 ) -> dict[str, Any]:
     """The part `link`, run within the first namespace; the second engine runs within `space`."""
     longest = max(lengths)
-    whole = ["--max-model-len", str(longest + 64), "--max-num-batched-tokens", str(longest)]
+    whole = _sized(longest, longest)
     prompts = _Prompts(model)
     with ExitStack() as ends:
         pairs = []
