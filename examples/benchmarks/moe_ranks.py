@@ -22,7 +22,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from moe_links import limit
+from links import limit
 from moe_models import SHAPES, Pinned, pinned
 from moe_traffic import Traffic
 from moe_ways import WAYS, Plans, Routing, plans_of

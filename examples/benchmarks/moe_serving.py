@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from links import INTERFACE, namespaces
 from measurement import comparison
-from moe_links import INTERFACE, namespaces
 
 __all__ = ["LINKS", "draw", "held", "measured", "rows"]
 

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from links import ADDRESS, limit, namespaces
 from measurement import comparison, provenance
-from runahead_links import HOSTS, SPACES, linked
 from runahead_more import more
 from runahead_picture import draw
+from runahead_reduces import all_reduces
 from runahead_ttft import Settings, measure, measure_others
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -99,22 +100,21 @@ def _made(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _over(rate: str, settings: Settings, lengths: list[int]) -> dict[str, Any]:
-    """The part `link`, in a process within the first namespace, so that it reaches both engines."""
-    with linked(rate):
+    """The part `link`, measured by a process within the first namespace, so that it reaches both engines."""
+    with namespaces(2) as spaces:
+        for rank in range(2):
+            limit(rank, rate)
         program = [sys.executable, str(Path(__file__).with_name("runahead_ttft.py"))]
-        words = [str(settings.model), str(settings.folder), *HOSTS, SPACES[1], str(settings.repeats)]
-        out = settings.folder / "link.json"
-        command = ["ip", "netns", "exec", SPACES[0], *program, *words, str(out), *map(str, lengths)]
+        hosts, out = [ADDRESS.format(rank + 1) for rank in range(2)], settings.folder / "link.json"
+        words = [str(settings.model), str(settings.folder), *hosts, spaces[1], str(settings.repeats), str(out)]
+        command = ["ip", "netns", "exec", spaces[0], *program, *words, *map(str, lengths)]
         subprocess.run(command, check=True, timeout=3600)
-        from runahead_links import all_reduces
-
         found: dict[str, Any] = json.loads(out.read_text())
         config = json.loads((settings.model / "config.json").read_text())
         for tokens in lengths:
-            each = all_reduces(tokens * config["hidden_size"], 4) / 4
-            found["rows"].append(
-                {"way": "all-reduces of TP=2", "tokens": tokens, "seconds": 2 * config["num_hidden_layers"] * each}
-            )
+            each = all_reduces(spaces, tokens * config["hidden_size"], 4) / 4
+            seconds = 2 * config["num_hidden_layers"] * each
+            found["rows"].append({"way": "all-reduces of TP=2", "tokens": tokens, "seconds": seconds})
     return found
 
 
