@@ -1,6 +1,8 @@
 """What forerun's DeepSpeed adapters stand on: the symbols of both kinds of layers and of engines, as installed."""
 
 import inspect
+import os
+from importlib import metadata
 
 import pytest
 
@@ -11,8 +13,10 @@ import torch
 from deepspeed.module_inject import auto_ep_layer
 from deepspeed.moe import sharded_moe
 from deepspeed.runtime.engine import DeepSpeedEngine
+from packaging.version import Version
 
 from forerun_adapters import deepspeed_engine
+from forerun_adapters._require import HOSTS
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,16 @@ def test_a_gate_answers_in_this_order():
 def test_engines_have_what_is_wrapped():
     assert all(callable(getattr(DeepSpeedEngine, name)) for name in deepspeed_engine.CHECKPOINTS)
     assert {"args", "model", "config", "config_params"} <= set(inspect.signature(deepspeed.initialize).parameters)
+
+
+def test_the_oldest_release_still_needs_its_shims():
+    """Once `comm_backend` and `_finalize_output` are in every release that is supported, their shims can go."""
+    oldest = min(Version(spec.version) for spec in HOSTS["deepspeed"].supported if spec.operator == ">=")
+    assert oldest < Version("0.19.7")
+
+
+def test_this_is_the_release_that_was_asked_for():
+    assert metadata.version("deepspeed") == os.environ.get("FORERUN_DEEPSPEED", "0.19.8")  # `make test-deepspeed`
 
 
 def test_the_router_answers_in_this_order():
