@@ -15,13 +15,13 @@ export FORERUN_ROUTING_DATA ?= $(abspath $(ROUTING_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-oldest test-torchrec test-deepspeed soak demo wheel clean
+.PHONY: help setup lint types test test-oldest test-torchrec test-vllm test-deepspeed soak demo wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make the environments, each once; seconds when nothing changed
-	@$(PYTHON) tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9
+	@$(PYTHON) tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9 vllm-0.28
 
 lint: setup ## Check the code's form
 	$(BIN)/ruff check
@@ -32,7 +32,7 @@ types: setup ## Check the types
 
 test: lint types ## Everything that CI runs: lint, types, all tests but the soak's
 	$(BIN)/$(PYTEST)
-	@$(MAKE) --no-print-directory test-oldest test-torchrec
+	@$(MAKE) --no-print-directory test-oldest test-torchrec test-vllm
 
 test-oldest: setup ## The tests of what the oldest supported releases serve
 	.venv-oldest/bin/$(PYTEST) tests/picard tests/adapters
@@ -48,10 +48,17 @@ test-deepspeed: setup ## The tests of what stands on DeepSpeed, on its oldest re
 	TORCH_COMPILE_DISABLE=1 FORERUN_DEEPSPEED=0.19.4 PYTHONPATH=$(CURDIR)/.venv-deepspeed-0.19.4 \
 		$(BIN)/$(PYTEST) tests/moe/test_deepspeed*.py tests/adapters/test_deepspeed*.py
 
-soak: setup ## The tests at full counts, which takes long: tests/results/soak.txt
+VLLM_OLDEST := FORERUN_VLLM=0.28 PYTHONPATH=$(CURDIR)/.venv-vllm-0.28
+
+test-vllm: setup ## The tests of what stands on vLLM, on its oldest release: its contracts, and chains of engines
+	$(VLLM_OLDEST) $(BIN)/$(PYTEST) tests/runahead/test_vllm_cached.py tests/adapters/test_vllm.py
+
+soak: setup ## The tests at full counts, which takes long: tests/results/soak.txt, soak-vllm.txt
 	@$(MAKE) --no-print-directory test-deepspeed
 	@mkdir -p tests/results
 	set -o pipefail; $(BIN)/pytest -m soak --timeout 3600 --no-header -v --show-capture=no 2>&1 | tee tests/results/soak.txt
+	set -o pipefail; $(VLLM_OLDEST) $(BIN)/pytest --timeout 3600 --no-header -v --show-capture=no \
+		tests/runahead/test_vllm*.py 2>&1 | tee tests/results/soak-vllm.txt
 
 demo: setup ## Every drop-in beside its stock host: build/report/index.html (SCHEME=picard for one)
 	$(BIN)/forerun demo $(if $(SCHEME),--scheme $(SCHEME))

@@ -12,8 +12,9 @@ from forerun_adapters._require import require
 require("deepspeed")
 
 from deepspeed.module_inject import auto_ep_layer as _layer  # noqa: E402
+from deepspeed.moe.ep_kernels import TOKEN_GROUP_ALIGN_SIZE_M as _ALIGN  # noqa: E402
 
-__all__ = ["AutoEPLayer", "Routed", "combined", "computed", "finished", "obstacle", "routed"]
+__all__ = ["AutoEPLayer", "Routed", "combined", "computed", "computed_together", "finished", "obstacle", "routed"]
 
 AutoEPLayer: Any = _layer.AutoEPMoELayer
 
@@ -28,7 +29,6 @@ class Routed(NamedTuple):
 
 def obstacle(layer: Any) -> str | None:
     """What of the layer's settings only the stock forward pass knows; None: nothing."""
-    folded = layer.folding_group_handles is not None and layer.folding_group_handles.spec.tp_size > 1
     backend = getattr(layer, "comm_backend", "comm")  # since 0.19.7; remove when deepspeed >= 0.19.7
     reasons = (
         (
@@ -36,7 +36,6 @@ def obstacle(layer: Any) -> str | None:
             "it has no expert-parallel group yet (deepspeed.initialize, or set_deepspeed_parallelism)",
         ),
         (backend != "comm", f"comm_backend {backend!r}"),
-        (folded, "expert and tensor parallelism folded"),
         (getattr(layer, "async_split_plan", False), "async_split_plan"),
         (layer.score_apply != "post", f"score_apply {layer.score_apply!r}"),
         (layer.combine_impl == "fused_weighted_sum", "combine_impl 'fused_weighted_sum'"),
@@ -53,9 +52,34 @@ def routed(layer: Any, hidden: Tensor) -> Routed:
 
 
 def computed(layer: Any, rows: Tensor, pairs: Tensor) -> Tensor:
-    """`[p, H]` the layer's experts over rows that came sender by sender, `pairs` `[R, E/R]` of each for each expert."""
-    permuted, indices, aligned, count = _layer.permute_by_local_expert(rows, pairs)
-    output: Tensor = _layer.unpermute_by_local_expert(layer.experts(permuted, aligned), indices, count)
+    """`[p, H]` the layer's experts over rows that came sender by sender, `pairs` `[R, E/R]` of each for each expert.
+
+    Bit for bit what stock computes: each expert sees the same rows, in the same order, padded to the same number. Stock
+    fills its indices group by group on a CPU; here they come from sums.
+    """
+    if layer.experts.use_grouped_mm:
+        permuted, indices, aligned, count = _layer.permute_by_local_expert(rows, pairs)
+        output: Tensor = _layer.unpermute_by_local_expert(layer.experts(permuted, aligned), indices, count)
+        return output
+    each = pairs.sum(0)
+    padded = (each.clamp(min=_ALIGN) + _ALIGN - 1) // _ALIGN * _ALIGN
+    first = padded.cumsum(0) - padded + pairs.cumsum(0) - pairs  # [R, E/R] where each group begins
+    counts = pairs.flatten()
+    shift = first.flatten() - (counts.cumsum(0) - counts)
+    place = torch.arange(len(rows), device=rows.device) + shift.repeat_interleave(counts)
+    given = rows.new_zeros(int(padded.sum()), rows.shape[1]).index_copy_(0, place, rows)
+    answer: Tensor = layer.experts(given, padded)
+    return answer.index_select(0, place)
+
+
+def computed_together(layer: Any, rows: Tensor, counts: Tensor) -> Tensor:
+    """`[p, H]` the layer's experts over rows that lie expert by expert, `counts` `[E/R]` of each.
+
+    Groups are padded only for the grouped product of matrices, which asks for it.
+    """
+    if layer.experts.use_grouped_mm:
+        return computed(layer, rows, counts[None])
+    output: Tensor = layer.experts(rows, counts)
     return output
 
 

@@ -6,7 +6,7 @@ The contract tests of every symbol used here are in `tests/adapters/test_vllm.py
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from forerun_adapters._require import require
@@ -28,7 +28,9 @@ __all__ = [
     "forget",
     "is_scheduler",
     "ordered",
+    "packing",
     "parallel_rank",
+    "parallel_size",
     "scheduled",
 ]
 
@@ -73,10 +75,14 @@ def check_config(config: Any, cache: Any) -> None:
         )
 
 
+def parallel_size(config: Any) -> int:
+    """Tensor-parallel ranks."""
+    return int(config.parallel_config.tensor_parallel_size)
+
+
 def parallel_rank(config: Any) -> int:
     """This worker's tensor-parallel rank."""
-    parallel = config.parallel_config
-    return int(parallel.rank % parallel.tensor_parallel_size)
+    return int(config.parallel_config.rank % parallel_size(config))
 
 
 def fingerprint(config: Any) -> tuple[object, ...]:
@@ -94,6 +100,17 @@ def fingerprint(config: Any) -> tuple[object, ...]:
         config.parallel_config.tensor_parallel_size,
         parallel_rank(config),
     )
+
+
+def packing(config: Any, names: Iterable[str]) -> list[str]:
+    """How the layers of these names lay out a block: their backends, and the instruction sets that these pack for.
+
+    Two CPUs may have blocks of one shape, and keys in another order within.
+    """
+    layers = [config.compilation_config.static_forward_context[name] for name in names]
+    # The instruction set was the implementation's. Remove that when vllm >= 0.32.
+    sets = [getattr(layer, "isa", None) or getattr(layer.impl, "isa", None) for layer in layers]
+    return [f"{layer.get_attn_backend().get_name()} {isa}" for layer, isa in zip(layers, sets, strict=True)]
 
 
 def ordered(caches: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ SCHEMES = {
     "picard": "forerun.picard.demo:run",
     "runahead": "forerun.runahead.demo:run",
     "dlrm": "forerun.dlrm.demo:run",
+    "moe": "forerun.moe.demo:run",
 }
 
 

@@ -12,10 +12,11 @@ import deepspeed
 import torch
 from deepspeed.module_inject import auto_ep_layer
 from deepspeed.moe import sharded_moe
+from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.runtime.engine import DeepSpeedEngine
 from packaging.version import Version
 
-from forerun_adapters import deepspeed_engine
+from forerun_adapters import deepspeed_autoep, deepspeed_engine
 from forerun_adapters._require import HOSTS
 
 
@@ -87,3 +88,24 @@ def test_the_router_answers_in_this_order():
 def test_the_layer_has_what_is_read(attribute):
     source = inspect.getsource(auto_ep_layer.AutoEPMoELayer.__init__)
     assert f"self.{attribute} = " in source or f'"{attribute}"' in source
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_experts_are_given_what_stock_gives_them(seed):
+    """Whatever came from whom, none to an expert and none at all included: bit for bit."""
+    torch.manual_seed(seed)
+    layer = torch.nn.Module()
+    layer.experts = GroupedExperts(dim=24, hidden_dim=16, num_experts=3, use_grouped_mm=False)
+    given = []
+    layer.experts.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+    for parameter in layer.experts.parameters():
+        torch.nn.init.normal_(parameter)
+    pairs = torch.randint(0, 9, (4, 3)) * torch.randint(0, 2, (4, 3)) * (seed > 0)
+    rows = torch.randn(int(pairs.sum()), 24)
+    with torch.no_grad():
+        ours = deepspeed_autoep.computed(layer, rows, pairs)
+        permuted, indices, aligned, count = auto_ep_layer.permute_by_local_expert(rows, pairs)
+        stock = auto_ep_layer.unpermute_by_local_expert(layer.experts(permuted, aligned), indices, count)
+    assert torch.equal(ours, stock)
+    assert torch.equal(given[0][1], given[1][1].long())
+    assert torch.equal(given[0][0], given[1][0][: len(given[0][0])])

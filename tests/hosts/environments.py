@@ -1,6 +1,6 @@
 """Makes the environments that tests and the demo run in, each once.
 
-    python3 tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9
+    python3 tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9 vllm-0.28
 
 An environment is made from complete pins without resolving anything, so that no dependency can bring a CUDA build or
 another version along. Its stamp, written last, says what it was made from: a matching one is left alone, any other,
@@ -73,6 +73,7 @@ ENVIRONMENTS = {
             for release in ("1.7", "1.9")
         ),
         Environment("deepspeed-0.19.4", ".venv-deepspeed-0.19.4", "deepspeed-0.19.4.txt", None, "torch", ".venv"),
+        Environment("vllm-0.28", ".venv-vllm-0.28", "vllm-0.28.txt", None, "vllm", ".venv"),
     )
 }
 

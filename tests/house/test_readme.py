@@ -108,6 +108,38 @@ def training_table() -> list[str]:
     return rows
 
 
+def moe_placement_table() -> list[str]:
+    """The table's rows, from `examples/benchmarks/results/moe.json`."""
+    rows = []
+    for row in json.loads((_RESULTS / "moe.json").read_text())["parts"]["placement"]["measured"]:
+        local = [f"{row[name]['local']:.3f}" for name in ("in order", "by load")]
+        ours = f"**{row['ours']['local']:.3f}**" + (" (best)" if row["exact"] else "")
+        loads = f"{row['ours']['experts']:.2f} / {row['in order']['experts']:.2f}"
+        book = f"{row['book, predicted']['local']:.3f} / {row['book, in order']['local']:.3f}"
+        cells = [f"{row['model']}, {row['ranks']} ranks, layer {row['layer']}", *local, ours, loads, book]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def moe_serving_table() -> list[str]:
+    """Milliseconds a MoE layer takes, from the same file; no rows where serving was not measured.
+
+    Columns: the ways; how many fewer bytes than AutoEP the last sends; how much sooner it is, of what its bytes allow
+    (of what no bytes at all would).
+    """
+    part = json.loads((_RESULTS / "moe.json").read_text())["parts"].get("serving", {"measured": []})
+    found = {(one["model"], one["ranks"], one["link"], one["way"]): one for one in part["measured"]}
+    ways = ("classic", "autoep", "dispatcher", "s-EG", "s-TS", "both")
+    rows = []
+    for model, ranks, link in dict.fromkeys(key[:3] for key in found):
+        mine = [found.get((model, ranks, link, way)) for way in ways]
+        cells = ["-" if one is None else f"{one['layer']:.1f}" for one in mine]
+        best = found[model, ranks, link, "both"]
+        held = f"{best['sooner']:.2f}x of {best['bound_own']:.2f}x ({best['bound']:.2f}x)"
+        rows.append(f"| {model}, {ranks} ranks, {link} | {' | '.join(cells)} | {best['fewer_bytes']:.2f}x | {held} |")
+    return rows
+
+
 def dlrm_listing() -> str:
     """How long both take to list the options of 1000 tables."""
     measured = json.loads((_RESULTS / "dlrm.json").read_text())["measured"]
@@ -121,13 +153,27 @@ def test_the_seconds_to_list_the_options_are_the_benchmarks() -> None:
     assert dlrm_listing() in (_ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("table", [picard_table, pcm_table, quality_table, dlrm_table, training_table])
+@pytest.mark.parametrize(
+    "table", [picard_table, pcm_table, quality_table, dlrm_table, training_table, moe_placement_table]
+)
 def test_a_measured_table_is_the_benchmarks(table: Callable[[], list[str]]) -> None:
     readme = (_ROOT / "README.md").read_text()
     rows = table()
     assert rows
     for row in rows:
         assert row in readme
+
+
+def test_serving_is_as_measured() -> None:
+    """Of every row that was measured; bytes are the formula's to the last one, exact answers stock's bit for bit."""
+    readme = (_ROOT / "README.md").read_text()
+    assert all(row in readme for row in moe_serving_table())
+    parts = json.loads((_RESULTS / "moe.json").read_text())["parts"]
+    assert set(parts) <= {"placement", "serving"}
+    assert all(part["run"]["command"] and part["run"]["commit"] for part in parts.values())
+    for one in parts.get("serving", {"measured": []})["measured"]:
+        assert one["row_bytes_formula"] in (None, one["row_bytes"])
+        assert one["difference"] == 0 or one["way"] not in ("autoep", "exact") or one["model"] == "folded"
 
 
 @pytest.mark.parametrize("sentence", [pcm_gains, two_sweeps])

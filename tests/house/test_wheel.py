@@ -59,5 +59,17 @@ def test_the_installed_wheel_knows_the_hosts(site):
     assert done.returncode == (0 if told["healthy"] else 1)
 
 
+def test_vllm_finds_the_connector(site):
+    """Naming it imports nothing: only an engine that asks for it does."""
+    names = """
+import sys
+from importlib.metadata import entry_points
+(ours,) = [point for point in entry_points(group="vllm.general_plugins") if "forerun" in point.value]
+print(ours.value, ours.load().__name__, any(name.split(".")[0] in ("vllm", "torch") for name in sys.modules))
+"""
+    done = run_installed(site, "-S", "-c", names)
+    assert done.stdout.split() == ["forerun_adapters.vllm_plugin:register", "register", "False"], done.stderr
+
+
 def test_the_command_is_installed(site):
     assert (site / "bin" / "forerun").is_file()

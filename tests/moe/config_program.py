@@ -92,7 +92,7 @@ def refused(bare, whole, inference, section, folder, rank):
     other = classic(1, **SETTINGS)
     (folder / f"damaged-{rank}").write_bytes((folder / "plan").read_bytes()[:-9])
     wrong = {
-        r"speculative_moe has exakt, plam; expected none but enabled, plan, exact, count, trial": {
+        r"speculative_moe has exakt, plam; expected none but enabled, plan, exact, count, shuffle, trial": {
             "exakt": 1,
             "plam": 2,
         },

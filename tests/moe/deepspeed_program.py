@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from deepspeed.module_inject.auto_ep_config import parse_autoep_config
 from deepspeed.utils import groups
 from tiny_models import tiny
 
+from forerun.moe import assign
 from forerun.moe.deepspeed import sent_rows, speculate, unspeculate
 from forerun.moe.identity import Identity
 from forerun.moe.plan import Plan
@@ -89,6 +91,19 @@ def by_layer(module):
     return [answer[0] if isinstance(answer, tuple) else answer for answer in answers]
 
 
+@torch.no_grad()
+def said_to(requests, ranks_of, module):
+    """What each request is answered, whichever rank answers it."""
+    here = (ranks_of == dist.get_rank()).nonzero()[0]
+    mine = requests[here]
+    said = module.generate(
+        mine, attention_mask=torch.ones_like(mine), pad_token_id=0, max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, dict(zip(here.tolist(), said.tolist(), strict=True)))
+    return [answer for _, answer in sorted(pair for part in every for pair in part.items())]
+
+
 def weights(module):
     return {name: value.clone() for name, value in module.state_dict().items() if "tokens_per_expert" not in name}
 
@@ -125,6 +140,13 @@ def run(family, dtype, way, rank, ranks, store):
                 assert torch.equal(logits, stock), f"plan {applied is not None}: {(logits - stock).abs().max()}"
                 assert torch.equal(tokens, said)
                 sent[applied is not None] = sent_rows(model)
+                if applied is not None:  # whoever owns the split gives each rank as many; the answers are the same
+                    requests = torch.randint(0, 128, (4 * ranks, 8), generator=torch.Generator().manual_seed(9))
+                    in_order, chosen = np.arange(4 * ranks) % ranks, assign(list(requests), plan, limit=1)
+                    assert np.bincount(chosen).tolist() == [4] * ranks
+                    assert dtype != torch.float32 or said_to(requests, in_order, module) == said_to(
+                        requests, chosen, module
+                    )
             elif dtype == torch.float32:
                 # The order of additions. In bfloat16 a rounding may send a later layer's token to another expert, so
                 # that only a layer's own error is bounded: exchange_program.py holds that.

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import queue
-import subprocess
 import sys
-import threading
+import tempfile
+import time
+from functools import cache
 from itertools import pairwise
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
+from engine_program import ENVIRONMENT, serve
 
 SECRET = "for tests"
 VOCABULARY = 512
 # Greedy tokens are compared exactly. Log-probabilities are in float32 and up to about -10: attention over another split
 # sums in another order, which moves them by some units of 1e-6.
 TOLERANCE = 1e-4
-START, ANSWER = 540, 120  # seconds; a start takes 20 s on an idle machine
+START, ANSWER = 540, 120  # seconds; the first start takes 15 s on an idle machine, others 3
 
 
 def make_model(folder, *, layers=3, heads=4, kv_heads=2, head_size=32, dtype="float32", kind="llama"):
@@ -55,70 +57,91 @@ def make_tokenizer(folder):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
 
 
-class Engine:
-    """One engine; `begin` a batch of requests, then `finish` it."""
+@cache
+def forking():
+    """Processes that have imported vLLM already: it takes longer than to start an engine."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["engine_imports"])
+    kept = {name: os.environ.get(name) for name in (*ENVIRONMENT, "PYTHONPATH")}
+    os.environ |= ENVIRONMENT  # what is imported reads it
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context
 
-    def __init__(self, model, *, chained=True, timeout=10.0, transport="auto", policy="recompute", **options):
+
+class Engine:
+    """One engine; `begin` a batch of requests, then `finish` it.
+
+    Args:
+        metadata: A folder with distributions' metadata: vLLM is to find the connector by its entry point there.
+    """
+
+    def __init__(self, model, *, chained=True, metadata=None, environment=(), policy="recompute", **options):
+        extra = {name: options.pop(name) for name in ("timeout", "transport", "listen") if name in options}
         options = {"model": model, "dtype": "float32", "max_model_len": 2048, "block_size": 32, **options}
         options = {"max_num_batched_tokens": 2048, "enforce_eager": True, "enable_prefix_caching": False, **options}
         if chained:
-            extra = {"timeout": timeout, "transport": transport}
-            options["connector"] = {"kv_load_failure_policy": policy, "kv_connector_extra_config": extra}
-        program = Path(__file__).with_name("engine_program.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(program), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "FORERUN_RUNAHEAD_SECRET": SECRET},
-        )
-        self._lines, self._log = queue.Queue(), []
-        for source, take in ((self.process.stdout, self._lines.put), (self.process.stderr, self._log.append)):
-            threading.Thread(target=self._drain, args=(source, take), daemon=True).start()
+            module = {"kv_connector_module_path": "forerun.runahead.vllm"} if metadata is None else {}
+            extra = {"timeout": 10.0, **extra}
+            options["connector"] = {"kv_load_failure_policy": policy, "kv_connector_extra_config": extra, **module}
+        if metadata is not None:
+            options["path"] = [str(metadata)]
+        descriptor, log = tempfile.mkstemp(suffix=".log", prefix="forerun-engine-")
+        os.close(descriptor)
+        self._log, context = Path(log), forking()
+        self._channel, theirs = context.Pipe()
+        told = {"FORERUN_RUNAHEAD_SECRET": SECRET, **dict(environment)}
+        self.process = context.Process(target=serve, args=(options, theirs, log, told))
+        self.process.start()
+        theirs.close()
 
     def ready(self):
         """Waits until the engine can be asked."""
-        told = self._read(START)
+        told = self.finish(START)
         self.address, self.model = told["address"], told["model"]
+        assert told["release"].startswith(os.environ.get("FORERUN_VLLM", "0.32"))  # `make test-vllm` sets it
         return self
 
     @property
     def log(self):
-        return "".join(self._log)
+        return self._log.read_text(errors="replace")
 
     def begin(self, requests):
-        self.process.stdin.write(json.dumps(requests) + "\n")
-        self.process.stdin.flush()
+        self._channel.send(requests)
 
     def finish(self, timeout=ANSWER):
-        return self._read(timeout)
+        try:
+            if self._channel.poll(timeout):
+                return self._channel.recv()
+            told = f"no answer in {timeout} s"
+        except (EOFError, ConnectionError):
+            told = "it ended"
+        raise AssertionError(f"{told}; the engine said:\n{self.log[-4000:]}")
 
     def ask(self, requests):
         self.begin(requests)
         return self.finish()
 
+    def counts(self):
+        """What the engine has counted so far."""
+        return self.ask([])
+
     def close(self):
+        self._channel.close()  # which ends it, and its workers
+        self.process.join(20)
         self.kill()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            pipe.close()
+        self._log.unlink(missing_ok=True)
 
     def kill(self):
         self.process.kill()
-        self.process.wait(30)
-
-    def _drain(self, source, take):
-        try:
-            for line in source:
-                take(line)
-        except ValueError:  # closed
-            return
-
-    def _read(self, timeout):
-        try:
-            return json.loads(self._lines.get(timeout=timeout))
-        except queue.Empty:
-            raise AssertionError(f"no answer in {timeout} s; the engine said:\n{self.log[-4000:]}") from None
+        self.process.join(30)
 
 
 def start(*engines):
@@ -165,7 +188,16 @@ def run_chain(engines, tokens, bounds, count=64):
 
 def failures(told):
     """Requests that an engine computed without its chain."""
-    return told["counted"]["recomputes"] + told["given_up"]
+    return told["failures"]
+
+
+def assert_nothing_left(*engines, seconds=20):
+    """No block, no byte and no note of a request that is over."""
+    end = time.monotonic() + seconds
+    for engine in engines:
+        while any((left := engine.counts()["left"]).values()):
+            assert time.monotonic() < end, left
+            time.sleep(0.05)
 
 
 def assert_same(answer, expected):

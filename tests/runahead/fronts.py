@@ -42,10 +42,10 @@ class Served:
         make_tokenizer(model)
         (folder / "chat.jinja").write_text(TEMPLATE)
         command = [sys.executable, "-m", "forerun", "runahead", "serve", model, "--engines", "2", "--port", "0"]
-        command += ["--least", str(LEAST), "--logs", str(folder), "--chain-timeout", "20", "--timeout", "120", *more]
+        command += ["--least", str(LEAST), "--logs", str(folder), "--chain-timeout", "60", "--timeout", "120", *more]
         command += ["--served-model-name", "tiny", "--chat-template", str(folder / "chat.jinja")]
         command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--block-size", str(BLOCK)]
-        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # a core each, as it is by default
         settings |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         with self.log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **settings})

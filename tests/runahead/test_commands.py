@@ -134,3 +134,15 @@ def test_serve_says_so_when_engines_that_were_joined_do_not_answer():
     result = CliRunner().invoke(cli.app, ["runahead", "serve", "some/model", "--port", "0", *join])
     assert result.exit_code == 1
     assert "no engine answers at http://127.0.0.1:9 after 1 s" in result.stderr
+
+
+def test_serve_wants_the_model_before_vllms_options():
+    result = CliRunner().invoke(cli.app, ["runahead", "serve", "--engines", "2", "--dtype", "float32", "some/model"])
+    assert result.exit_code == 1
+    assert "the model comes before --dtype" in result.stderr
+
+
+def test_serve_says_so_when_the_model_is_not_there(tmp_path):
+    result = CliRunner().invoke(cli.app, ["runahead", "serve", f"{tmp_path}/none"])
+    assert result.exit_code == 1
+    assert f"there is no folder {tmp_path}/none" in result.stderr

@@ -176,3 +176,14 @@ def test_gpus_are_as_many_as_ranks():
     assert [place.variables for place in places] == [{GPUS: "0,1"}, {GPUS: "2,3"}]
     with pytest.raises(ValueError, match="expected 2 sets of 2"):
         find_places(2, ranks=2, gpus="0|1")
+
+
+def test_an_engine_that_is_asked_to_end_by_its_keeper_ends(stubborn):
+    started = pids(stubborn.log)
+    os.kill(os.getpgid(started[0]), signal.SIGTERM)
+    assert_gone(started, 40)
+
+
+def test_engines_do_not_listen_where_none_can_send_to(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot send to 0\.0\.0\.0"):
+        Engines("m", 1, logs=tmp_path, listen="0.0.0.0")

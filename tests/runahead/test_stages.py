@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forerun.runahead.relay import Relay
-from forerun.runahead.stage import Part, Stage, Stages, parse_stage
+from forerun.runahead.stage import Over, Part, Stage, Stages, parse_stage
 from forerun.runahead.transport import Peer
 from forerun.runahead.wire import identity
 
@@ -77,7 +78,8 @@ class TestAdmission:
         assert stages.note({}, NOTHING, frozenset({chain})) == [1, 2, 3, 4]
         assert stages.part("r", 4, 9, [], is_new=False) is None  # computes it anew
         stages.finish("r")
-        assert (stages.take_finished(), stages.take_finished()) == ([chain], [])
+        assert (stages.take_finished(), stages.take_finished()) == ([Over(chain, None)], [])
+        assert stages.failed == 1
         assert stages.note({}, NOTHING, frozenset({chain})) == []
 
     def test_several_samples_of_a_prompt_do_not_wait_for_what_comes_once(self):
@@ -89,7 +91,48 @@ class TestAdmission:
         stages.finish("1_r")
         assert (stages.take_finished(), stages.waiting) == ([], True)
         stages.finish("0_r")
-        assert (stages.take_finished(), stages.waiting) == ([chain], False)
+        assert (stages.take_finished(), stages.waiting) == ([Over(chain, None)], False)
+
+    def test_a_sample_that_is_preempted_does_not_wait_for_what_came_for_another(self):
+        stages, own = Stages(BLOCK, 60), stage(bytes(16), 8, 13)
+        assert [stages.matched(name, own, 13, 0) for name in ("0_r", "1_r")] == [None, 0]
+        stages.finish("0_r")
+        assert stages.matched("1_r", own, 13, 0) == 0
+
+    def test_a_request_that_is_refused_leaves_nobody_to_wait(self):
+        stages, own = Stages(BLOCK, 60), stage(bytes(16), 8, 16, ("h", 1))
+        for _ in range(2):
+            stages.refuse("r", own)
+            assert stages.matched("r", own, 16, 0) == 0
+        assert stages.take_finished() == [Over(own.chain, ("h", 1))]
+        assert not stages.waiting
+        stages.finish("r")
+        assert (stages.take_finished(), stages._apart) == ([], set())
+
+    @pytest.mark.parametrize(("computed", "misses"), [(0, True), (6, True), (16, False)])
+    def test_the_engine_after_is_told_of_what_it_misses(self, computed, misses):
+        """A request that ends before all of it was sent: aborted while it waits, or between two chunks."""
+        stages, own = Stages(BLOCK, 60), stage(bytes(16), 0, 16, ("h", 1))
+        stages.matched("r", own, 16, 0)
+        if computed:
+            stages.place("r", 0)
+            stages.part("r", 0, computed, [7, 8, 9, 3], is_new=True)
+        stages.finish("r")
+        assert stages.take_finished() == [Over(own.chain, ("h", 1) if misses else None)]
+        assert not stages.waiting
+
+    def test_a_preempted_request_starts_anew_and_sends_on(self):
+        """What it loaded is gone with its blocks: it is computed; what was sent is not sent again."""
+        stages, own = Stages(BLOCK, 60), stage(bytes(16), 8, 24, ("h", 1))
+        stages.note({own.chain: 8}, NOTHING, NOTHING)
+        assert stages.matched("r", own, 24, 0) == 8
+        stages.place("r", 8)
+        assert stages.part("r", 8, 6, [0, 1, 2, 3], is_new=True)[2:] == ((0, 8), (0, 12))
+        assert stages.matched("r", own, 24, 0) == 0
+        stages.place("r", 0)
+        assert stages.part("r", 0, 10, [5, 6, 7], is_new=True) is None
+        part = stages.part("r", 10, 14, [8, 9, 4], is_new=False)
+        assert (part.load, part.send, part.blocks) == (None, (12, 24), [5, 6, 7, 8, 9, 4])
 
     def test_other_requests_are_none_of_its_business(self):
         stages = Stages(BLOCK, 60)
@@ -97,6 +140,15 @@ class TestAdmission:
         assert stages.part("other", 0, 5, [1], is_new=True) is None
         stages.finish("other")
         assert stages.take_finished() == []
+
+
+def test_a_request_that_its_chain_is_not_for_is_remembered_until_it_is_over():
+    stages = Stages(BLOCK, 10.0)
+    stages.refuse("r")
+    assert "r" in stages and stages.given_up == 1
+    assert stages.matched("r", stage(b"a" * 16, 8, 17), 17, 0) == 0 and not stages.waiting
+    stages.finish("r")
+    assert "r" not in stages and stages.take_finished() == []
 
 
 def test_parameters_are_read():
@@ -227,6 +279,88 @@ def test_opposing_chains_do_not_wait_for_each_other(workers):
         assert not worker.relay.take_failed_blocks()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_many_chains_in_all_directions_do_not_wait_for_each_other(seed):
+    """Twelve chains over four engines, in random orders, in one step of each: what one hands on, others wait for."""
+    rng, count, length = random.Random(seed), 12, 4
+    workers = [Worker(seed) for seed in range(4)]
+    try:
+        chains = [(os.urandom(16), rng.sample(range(4), 4), make_truth(length * BLOCK, i)) for i in range(count)]
+
+        def run(number):
+            worker, parts = workers[number], []
+            for i, (chain, order, truth) in enumerate(chains):
+                place, blocks = order.index(number), worker.order[4 * i : 4 * i + 4]
+                follows = workers[order[place + 1]].relay.address if place < 3 else None
+                own = (place * BLOCK, (place + 1) * BLOCK)
+                part = Part(
+                    stage(chain, *own, follows),
+                    blocks,
+                    (0, own[0]) if place else None,
+                    (0, own[1]) if follows else None,
+                )
+                parts.append((part, truth, place))
+            rng.shuffle(parts)
+            worker.relay.begin([part for part, *_ in parts], [])
+            for layer in range(LAYERS):
+                for part, truth, place in parts:
+                    worker.caches[layer][part.blocks[place]] = truth[layer][:, place * BLOCK : (place + 1) * BLOCK]
+                worker.relay.layer(layer)
+
+        together(*(lambda i=i: run(i) for i in range(4)))
+        for number, worker in enumerate(workers):
+            assert not worker.relay.take_failed_blocks()
+            for i, (_, order, truth) in enumerate(chains):
+                for place in range(order.index(number) + 1):
+                    for layer in range(LAYERS):
+                        tokens = truth[layer][:, place * BLOCK : (place + 1) * BLOCK]
+                        assert torch.equal(worker.caches[layer][worker.order[4 * i + place]], tokens)
+    finally:
+        for worker in workers:
+            worker.relay.close()
+
+
+def test_the_engine_after_hears_at_once_that_a_chain_is_cut_off(workers):
+    """The engine before is lost, or its request is aborted: nobody down the chain waits for the time-out."""
+    a, b, c = workers[:3]
+    chain, truth = os.urandom(16), make_truth(24)
+    b.relay._timeout, c.relay._timeout = 0.3, 60
+    try:
+        together(
+            lambda: b.compute(truth, Part(stage(chain, 8, 16, c.relay.address), b.order, (0, 8), (0, 16)), 8, 16),
+            lambda: c.compute(truth, Part(stage(chain, 16, 24), c.order, (0, 16), None), 16, 24),
+        )
+        assert c.relay.take_failed_blocks() == set(c.order[:4])
+        aborted = os.urandom(16)
+        a.relay.begin([], [Over(aborted, c.relay.address)])
+        began = time.monotonic()
+        assert c.relay.receiver.mailbox.take(aborted, 0, 0, 8, 30) is None
+        assert time.monotonic() - began < 10
+        for worker in (b, c):
+            worker.relay.take_failed_blocks()
+            worker.relay.begin([], [Over(chain, None), Over(aborted, None)])
+            assert not worker.relay._lost | worker.relay._muted
+    finally:
+        b.relay._timeout = c.relay._timeout = 5.0
+
+
+def test_waits_are_counted_by_who_was_late(workers):
+    """The share of a step that waits tells a split that is out of balance."""
+    (a, b), truth, chain = workers[:2], make_truth(16), os.urandom(16)
+    b.relay.shares.clear()
+    b.relay.waits.clear()
+
+    def late():
+        time.sleep(0.4)
+        a.compute(truth, Part(stage(chain, 0, 8, b.relay.address), a.order, None, (0, 8)), 0, 8)
+
+    together(late, lambda: b.compute(truth, Part(stage(chain, 8, 16), b.order, (0, 8), None), 8, 16))
+    name = "{}:{}".format(*a.relay.address)
+    assert b.relay.waits[name] > 0.3
+    (share,) = b.relay.shares
+    assert 0.5 < share <= 1
+
+
 def test_a_prefix_that_another_request_loads_is_sent_after_it_came(workers):
     """Two requests of one step share a prefix: the second sends blocks that the first is still to load."""
     (a, b, c), truth = workers[:3], make_truth(16)
@@ -298,7 +432,7 @@ def test_what_was_computed_from_another_requests_failed_load_is_not_sent(workers
         assert b.relay.take_failed_blocks() == set(b.order[:2])
         b.relay.begin([loads], [])  # asked again before it is over: as lost as before
         assert b.relay.take_failed_blocks() == set(b.order[:2])
-        assert b.relay.counted["recomputes"] == 1
+        assert b.relay.take_failed() == {one}  # once
     finally:
         b.relay.close()
 

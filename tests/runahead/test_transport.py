@@ -137,15 +137,68 @@ def test_a_sender_reconnects(receiver, send_to, by):
 def test_what_nobody_takes_is_dropped_in_time():
     mailbox = Mailbox(100, keep=0.1)
     mailbox.put(Arrival(Piece(b"a" * 16, 0, 0, 1), memoryview(bytes(60))))
-    mailbox.put(Arrival(Piece(b"b" * 16, 0, 0, 1), memoryview(bytes(60))))  # no room
-    assert (mailbox.bytes, mailbox.dropped) == (60, 1)
+    assert mailbox.reach() == {b"a" * 16: 1}
     time.sleep(0.15)
-    mailbox.put(Arrival(Piece(b"b" * 16, 0, 0, 1), memoryview(bytes(60))))
-    assert (mailbox.bytes, mailbox.dropped) == (60, 2)
-    assert mailbox.holds(b"b" * 16, 0, 0, 1)
+    assert (mailbox.reach(), mailbox.bytes, mailbox.dropped) == ({}, 0, 1)
+
+
+def test_a_chain_that_finds_no_room_need_not_be_waited_for():
+    mailbox = Mailbox(100, keep=60)
+    mailbox.put(Arrival(Piece(b"a" * 16, 0, 0, 1), memoryview(bytes(60))))
+    mailbox.put(Arrival(Piece(b"b" * 16, 0, 0, 1), memoryview(bytes(30))))
+    mailbox.put(Arrival(Piece(b"b" * 16, 1, 0, 1), memoryview(bytes(60))))
+    assert (mailbox.bytes, mailbox.dropped, mailbox.broken) == (60, 1, {b"b" * 16})
+    began = time.monotonic()
+    assert mailbox.take(b"b" * 16, 0, 0, 1, 5.0) is None
+    assert time.monotonic() - began < 1
     mailbox.finish(b"b" * 16)
-    mailbox.put(Arrival(Piece(b"b" * 16, 0, 0, 1), memoryview(bytes(60))))
-    assert (mailbox.bytes, mailbox.dropped) == (0, 3)
+    mailbox.put(Arrival(Piece(b"b" * 16, 0, 0, 1), memoryview(bytes(30))))  # it is over
+    assert (mailbox.bytes, mailbox.dropped, mailbox.broken) == (60, 2, set())
+    assert mailbox.take(b"a" * 16, 0, 0, 1, 5.0)
+
+
+def test_what_comes_first_is_taken_first():
+    mailbox, wanted = Mailbox(100, keep=60), [Piece(chain * 16, 0, 0, 1) for chain in (b"a", b"b", b"c")]
+    assert mailbox.take_first(wanted, 0.01) is None
+    mailbox.put(Arrival(wanted[1], memoryview(bytes(60))))
+    piece, arrivals = mailbox.take_first(wanted, 5.0)
+    assert (piece, len(arrivals)) == (wanted[1], 1)
+    mailbox.break_off([wanted[2].chain])
+    assert mailbox.take_first(wanted, 5.0) == (wanted[2], None)
+
+
+@pytest.mark.parametrize("by", WAYS)
+def test_a_chain_is_broken_off_by_word(receiver, send_to, by):
+    """Nothing of it waits any more, on either side; other chains go on over the same connection."""
+    sender = send_to(receiver, by)
+    assert sender.send(Piece(CHAIN, 0, 0, 1), payload(0).data)
+    assert receiver.mailbox.take(CHAIN, 0, 0, 1, 5.0)
+    sender.break_off(CHAIN)
+    began = time.monotonic()
+    assert receiver.mailbox.take(CHAIN, 1, 0, 1, 10.0) is None
+    assert time.monotonic() - began < 5
+    other = os.urandom(16)
+    assert sender.send(Piece(other, 0, 0, 1), payload(1).data)
+    assert receiver.mailbox.take(other, 0, 0, 1, 5.0)
+    assert not receiver.refused
+
+
+def test_what_waits_of_a_chain_that_is_broken_off_is_dropped(receiver, send_to):
+    receiver.close()  # nothing leaves
+    sender = send_to(receiver, peer=Peer(SECRET, MODEL, timeout=60, capacity=10_000))
+    for chain in (b"a" * 16, CHAIN, b"b" * 16, CHAIN):
+        assert sender.send(Piece(chain, 0, 0, 1), payload(0).data)
+    sender.break_off(CHAIN)
+    assert sender._pending == 2000
+    assert [frame[1].chain[:1] for frame in sender._waiting] == [b"a", b"b", b"c"]
+
+
+def test_a_receiver_names_who_sends(receiver):
+    sender = Sender(PEER, receiver.address, "tcp", port=7001)
+    sender.send(Piece(CHAIN, 0, 0, 1), payload(0).data)
+    (arrival,) = receiver.mailbox.take(CHAIN, 0, 0, 1, 5.0)
+    sender.close()
+    assert arrival.origin == "127.0.0.1:7001"
 
 
 def test_a_queue_is_bounded_and_never_blocks(receiver, send_to):
@@ -177,7 +230,7 @@ def test_a_stranger_is_refused(receiver, send_to, by, peer, reason):
 
 def test_a_peer_that_cannot_prove_the_secret_is_refused(receiver, send_to):
     with connect(receiver) as connection:
-        connection.sendall(struct.pack("!4sH16s32s", b"FRKV", 1, bytes(16), MODEL))
+        connection.sendall(struct.pack("!4sH16s32sH", b"FRKV", 1, bytes(16), MODEL, 0))
         assert len(connection.recv(100)) == 55
         connection.sendall(bytes(32))
         assert connection.recv(1) == b"\1"
@@ -187,7 +240,7 @@ def test_a_peer_that_cannot_prove_the_secret_is_refused(receiver, send_to):
 
 def test_another_version_is_refused_on_both_sides(receiver, send_to):
     with connect(receiver) as connection:
-        connection.sendall(struct.pack("!4sH16s32s", b"FRKV", 2, bytes(16), MODEL))
+        connection.sendall(struct.pack("!4sH16s32sH", b"FRKV", 2, bytes(16), MODEL, 0))
         assert connection.recv(100)[6] == 1
     wait_until(lambda: receiver.refused["version"])
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from forerun.runahead.wire import Piece
 BLOCK, LAYERS, TIMEOUT = 32, 3, 4.0
 TOKEN_BYTES = 2 * 2 * 32 * 4  # keys and values, 2 heads of 32 float32
 
-pytestmark = pytest.mark.timeout(900)  # engines start in 20 s each, in minutes beside other work
+pytestmark = pytest.mark.timeout(900)  # slow beside other work
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +33,23 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engines(model):
-    """Three engines, GQA; the first one is soon out of patience."""
-    made = (("auto", TIMEOUT), ("tcp", 100), ("auto", 100))
-    started = start(*(Engine(model, transport=by, timeout=timeout) for by, timeout in made))
+def metadata(tmp_path_factory):
+    """What an installed forerun says of its entry points, as this checkout would."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "forerun_checkout-0.dist-info").mkdir()
+    (folder / "forerun_checkout-0.dist-info" / "METADATA").write_text("Name: forerun-checkout\nVersion: 0\n")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (group, points) = next(item for item in project["entry-points"].items() if item[0].startswith("vllm"))
+    lines = [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
+    (folder / "forerun_checkout-0.dist-info" / "entry_points.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engines(model, metadata):
+    """Three engines, GQA; the first one is soon out of patience, the last one knows the connector by its name."""
+    made = (("auto", TIMEOUT, None), ("tcp", 100, None), ("auto", 100, metadata))
+    started = start(*(Engine(model, transport=by, timeout=timeout, metadata=where) for by, timeout, where in made))
     yield started
     for engine in started:
         engine.close()
@@ -56,7 +71,7 @@ def test_a_chain_answers_as_one_engine(engines, count, data):
     length, bounds = data.draw(splits(count))
     tokens = prompt(length, length)
     expected = alone(engines[-1], tokens)
-    before = failures(engines[-1].ask([{"tokens": [5], "count": 1}]))
+    before = failures(engines[-1].counts())
     answer, told = run_chain(engines[-count:], tokens, bounds)
     assert_same(answer, expected)
     assert failures(told[-1]) == before  # so it is the chain's
@@ -64,7 +79,7 @@ def test_a_chain_answers_as_one_engine(engines, count, data):
 
 def test_counted_bytes_are_the_formulas(engines):
     tokens, bounds = prompt(5, 700), [0, 352, 544, 700]
-    before = [told["counted"] for _, told in ((e, e.ask([{"tokens": [5], "count": 1}])) for e in engines)]
+    before = [told["counted"] for _, told in ((e, e.counts()) for e in engines)]
     _, told = run_chain(engines, tokens, bounds, count=1)
     moved = [after["counted"]["bytes_sent"] - old["bytes_sent"] for after, old in zip(told, before, strict=True)]
     assert moved == [352 * TOKEN_BYTES * LAYERS, 544 * TOKEN_BYTES * LAYERS, 0]
@@ -118,7 +133,7 @@ def test_without_the_engine_before_a_request_is_computed_in_time(engines):
     tokens = prompt(7, 400)
     expected = alone(engines[0], tokens)
     part = {"chain": os.urandom(16).hex(), "start": 192, "end": 400}
-    before = engines[0].ask([{"tokens": [5], "count": 1}])
+    before = engines[0].counts()
     began = time.monotonic()
     told = engines[0].ask([{"tokens": tokens, "count": 64, "runahead": part}])
     assert time.monotonic() - began < TIMEOUT + 10
@@ -143,9 +158,9 @@ def test_an_engine_before_that_fails_in_the_midst(engines, way):
     """It sends nonsense for the first layers, and then no more: everything is computed anew, and right."""
     tokens, chain = prompt(10, 500), os.urandom(16)
     expected = alone(engines[0], tokens)
-    model = bytes(32) if way == "another model" else bytes.fromhex(engines[0].model)
-    before = engines[0].ask([{"tokens": [5], "count": 1}])
-    sender = Sender(Peer(SECRET.encode(), model), tuple(engines[0].address), "tcp")
+    model = bytes(32) if way == "another model" else engines[0].model
+    before = engines[0].counts()
+    sender = Sender(Peer(SECRET.encode(), model), engines[0].address, "tcp")
     nonsense = np.full(256 * TOKEN_BYTES - 4 * (way == "wrong size"), 60, np.uint8).data
     for layer in range(LAYERS - 1):
         sender.send(Piece(chain, layer, 0, 256), nonsense)
@@ -171,8 +186,8 @@ def test_an_engine_before_that_fails_in_the_midst(engines, way):
 
 def test_garbage_at_the_door_is_counted(engines):
     for _ in range(3):
-        with socket.create_connection(tuple(engines[0].address), 5) as connection:
+        with socket.create_connection(engines[0].address, 5) as connection:
             connection.sendall(os.urandom(100))
     deadline = time.monotonic() + 20
-    while engines[0].ask([{"tokens": [5], "count": 1}])["counted"]["refused"].get("garbage", 0) < 3:
+    while engines[0].counts()["counted"]["refused"].get("garbage", 0) < 3:
         assert time.monotonic() < deadline

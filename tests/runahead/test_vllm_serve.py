@@ -70,9 +70,9 @@ class Server:
         body |= {"kv_transfer_params": {"runahead": part}} if part else {}
         return json.loads(call(self.port, "/v1/completions", body))["choices"][0]["text"]
 
-    def counted(self, name):
+    def counted(self, name, label=""):
         for line in call(self.port, "/metrics").splitlines():
-            if line.startswith(f"forerun:runahead_{name}_total{{"):
+            if line.startswith(f"forerun:runahead_{name}{{") and label in line:
                 return float(line.split()[-1])
         return 0.0
 
@@ -104,11 +104,14 @@ def test_two_servers_are_a_chain(tmp_path):
             answers = [one.result(120) for one in asked]
         assert answers[1] == expected
         end = time.monotonic() + 60  # counts come with the engine's next step
-        while last.counted("bytes_loaded") != BOUNDS[1] * TOKEN_BYTES * LAYERS:
+        while last.counted("bytes_loaded_total") != BOUNDS[1] * TOKEN_BYTES * LAYERS:
             assert time.monotonic() < end, call(last.port, "/metrics")
             last.complete([5, 6, 7], 2)
-        assert first.counted("bytes_sent") == BOUNDS[1] * TOKEN_BYTES * LAYERS
-        assert last.counted("recomputes") == 0
+        assert first.counted("bytes_sent_total") == BOUNDS[1] * TOKEN_BYTES * LAYERS
+        assert last.counted("recomputes_total") == 0
+        assert last.counted("wait_seconds_total", f'before="{first.listen}"') > 0
+        assert (last.counted("wait_share_count"), first.counted("wait_share_count")) == (1, 0)
+        assert 0 < last.counted("wait_share_sum") <= 1
     finally:
         for server in servers:
             server.close()

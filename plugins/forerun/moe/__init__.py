@@ -13,16 +13,37 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
     predict.py    what a token id says of its experts; lookback.py what its last layers add
     shuffle.py    a batch's tokens to ranks, in even chunks, and back
     dispatch.py   destinations, rows and bytes that a placement costs
-    exchange.py   tokens to their experts' ranks and back over a process group, each token to a rank once
+    exchange.py   tokens to their experts' ranks and back over a process group, each token to a rank once; overlap.py
+                  back as sums, local experts computed meanwhile
+    foresight.py, scatter.py   which rank a token goes to, layer by layer; the all-reduce in two halves that brings it
+    requests.py   `forerun.moe.assign`: requests to data-parallel ranks
     planning.py   all of it, for every layer; plan.py the file; check.py whether a file's arrays fit; report.py what it
                   promises
     transformers.py   profiles of transformers models
     move.py       experts from rank to rank in bounded memory; agreement.py all ranks go on, or none does
     deepspeed.py  `speculate`, `unspeculate`, `apply`: DeepSpeed's AutoEP and classic layers, in place; its docstring
                   lists the files beside it
-    commands.py   `forerun moe profile | plan | show`
+    commands.py, demo.py   `forerun moe profile | plan | show`, `forerun demo`
 
 Axes: L MoE layers, E experts, k experts of a token, R ranks, N token ids, n tokens of a batch, P paths.
 
 Source: Speculative MoE, arXiv 2503.04398.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forerun.moe.requests import assign
+
+__all__ = ["assign"]
+
+
+def __getattr__(name: str) -> Any:
+    """`assign`, loaded when it is asked for: the room itself loads nothing heavy."""
+    if name != "assign":
+        raise AttributeError(f"module 'forerun.moe' has no attribute {name!r}")
+    from forerun.moe.requests import assign
+
+    return assign

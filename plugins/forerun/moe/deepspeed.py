@@ -8,6 +8,7 @@ stock's, so with `exact=True` the result is stock's bit for bit: every expert se
     deepspeed_state.py       what a layer carries, and where its experts lie
     deepspeed_checkpoint.py  checkpoints in stock's layout, whatever the plan
     deepspeed_counts.py      a profile that goes on while the model serves
+    deepspeed_shuffle.py     tokens shuffled around tensor-parallel attention
     deepspeed_trial.py       back to stock's way where that is sooner
     deepspeed_config.py      all of it by a section of DeepSpeed's configuration
 
@@ -15,7 +16,7 @@ stock's, so with `exact=True` the result is stock's bit for bit: every expert se
 and `init_inference` read that section.
 
 Not supported: training (without a plan, the stock forward pass runs under gradients; with one, that is an error),
-tokens shuffled between ranks, ZeRO stage 3, DeepEP, Tutel, tensor parallelism of the layer.
+ZeRO stage 3, DeepEP, Tutel, tensor parallelism of classic layers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from forerun.moe.deepspeed_autoep import SpeculativeAutoEP
 from forerun.moe.deepspeed_checkpoint import keep_stock_layout, leave_layout
 from forerun.moe.deepspeed_classic import SpeculativeClassic
 from forerun.moe.deepspeed_counts import Counter
+from forerun.moe.deepspeed_shuffle import folded, obstacle, shuffle_tokens, unshuffle_tokens
 from forerun.moe.deepspeed_state import State, lay, refuse_torn, speculated
 from forerun.moe.deepspeed_trial import Trial
 from forerun.moe.identity import Identity
@@ -41,7 +43,15 @@ from forerun_adapters import deepspeed as host
 __all__ = ["apply", "counts", "identify", "register", "sent_rows", "speculate", "unregister", "unspeculate"]
 
 
-def speculate(model: Any, plan: Plan | None = None, *, exact: bool = True, count: bool = False, trial: int = 0) -> None:
+def speculate(
+    model: Any,
+    plan: Plan | None = None,
+    *,
+    exact: bool = True,
+    shuffle: bool = True,
+    count: bool = False,
+    trial: int = 0,
+) -> None:
     """Makes a model's expert-parallel layers send each token to a rank once, its experts placed by a plan.
 
     All ranks call it alike; it is undone by `unspeculate`.
@@ -50,10 +60,12 @@ def speculate(model: Any, plan: Plan | None = None, *, exact: bool = True, count
         model: The model, or DeepSpeed's engine around it.
         plan: Where experts lie; None: where they are.
         exact: A row per (token, expert) comes back and stock's own sum is taken: bit for bit stock's result. False: a
-            sum per rank comes back, fewer bytes; see `return_sums` for how far that may be off.
+            sum per rank comes back, fewer bytes; see `forerun.moe.overlap.summed` for how far that may be off.
+        shuffle: Where attention is tensor-parallel: a token goes to the rank that the plan expects its experts on;
+            False: tokens are split in their order. See `forerun.moe.deepspeed_shuffle`.
         count: Goes on with a routing profile while the model runs: see `counts`.
         trial: The first so many calls of each layer are run both ways, and if ours takes no less time, all ranks go
-            back to stock's and say so. 0: never.
+            back to stock's and say so. 0: never. Not where attention is tensor-parallel, nor is `count`.
 
     Raises:
         ValueError: The model has no expert-parallel layer, one of settings that only stock serves, is speculated
@@ -70,19 +82,20 @@ def speculate(model: Any, plan: Plan | None = None, *, exact: bool = True, count
     for _, name, layer in found:
         if hasattr(layer, "forerun_state"):
             raise ValueError(f"{name} is speculated already: apply(model, plan) another plan, or unspeculate(model)")
-        reason = host.obstacle(layer)
+        reason = host.obstacle(layer) or obstacle(module, name, layer) or _partial(layer, count, trial)
         if reason is not None:
             raise ValueError(f"{name} cannot be speculated: {reason}")
     group = found[0].layer.ep_group
-    agree(_misfit(module, plan, counted=count), _told(plan, exact, count, trial), group)
+    agree(_misfit(module, plan, counted=count), _told(plan, exact, shuffle, count, trial), group)
     counter = Counter(identify(module), dist.get_rank()) if count else None
     for index, (_, name, layer) in enumerate(found):
-        layer.forerun_state = State(name, type(layer), exact, index, counter=counter)
+        layer.forerun_state = State(name, type(layer), exact, index, shuffle=shuffle, counter=counter)
         keep_stock_layout(layer)
         layer.__class__ = SpeculativeAutoEP if isinstance(layer, host.AutoEPLayer) else SpeculativeClassic
     if counter is not None:
         found[0].layer.forerun_state.hooks += counter.hooks(module)
     _place(module, plan)
+    _shuffle(module, plan)
     _try(module, trial)
 
 
@@ -111,8 +124,12 @@ def apply(model: Any, plan: Plan | None, *, layers_a_step: int | None = None, tr
         raise ValueError(f"layers_a_step is {layers_a_step}; expected 1 or more, or None for all at once")
     for layer in layers:
         refuse_torn(layer)
+        reason = _partial(layer, False, trial)
+        if reason is not None:
+            raise ValueError(f"{layer.forerun_state.name} cannot be tried: {reason}")
     agree(_misfit(module, plan), _told(plan, layers_a_step, trial), layers[0].ep_group)
     _place(module, plan, layers_a_step)
+    _shuffle(module, plan)
     _try(module, trial)
 
 
@@ -123,7 +140,11 @@ def unspeculate(model: Any) -> None:
     Raises:
         RuntimeError: A rank was lost while experts moved, now or before.
     """
-    layers = speculated(getattr(model, "module", model))
+    module = getattr(model, "module", model)
+    layers = speculated(module)
+    for layer in layers:
+        refuse_torn(layer)
+    unshuffle_tokens(module)
     for layer in layers:
         lay(layer, None)
     for layer in layers:
@@ -191,6 +212,16 @@ def _misfit(module: Any, plan: Plan | None, *, counted: bool = False) -> str | N
     return None
 
 
+def _partial(layer: Any, count: bool, trial: int) -> str | None:
+    """Why a layer that sees but a part of the tokens is not asked for this."""
+    if not (count or trial) or not folded(layer):
+        return None
+    return (
+        "where attention is tensor-parallel a layer is given a part of the tokens: no trial (trial=0), and no count "
+        "(count=False; profile the model beforehand)"
+    )
+
+
 def _told(plan: Plan | None, *options: Any) -> str:
     placement = "none" if plan is None else hashlib.sha256(plan.rank.tobytes()).hexdigest()
     return f"{placement} {options}"
@@ -203,6 +234,15 @@ def _place(module: Any, plan: Plan | None, layers_a_step: int | None = None) -> 
         state.due = None if layers_a_step is None else (index // layers_a_step, order)
         if layers_a_step is None:
             lay(layer, order)
+
+
+def _shuffle(module: Any, plan: Plan | None) -> None:
+    unshuffle_tokens(module)
+    layers = speculated(module)
+    found = [(layer.forerun_state.name, layer) for layer in layers]
+    looked_at = shuffle_tokens(module, found, plan if layers[0].forerun_state.shuffle else None)
+    for layer in layers:
+        layer.forerun_state.looked_at = looked_at
 
 
 def _try(module: Any, calls: int) -> None:

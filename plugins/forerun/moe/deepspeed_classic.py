@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from forerun.moe.deepspeed_state import State, answered
-from forerun.moe.exchange import Arrived, dispatch, return_pairs, return_sums
+from forerun.moe.exchange import Arrived, dispatch, return_pairs
+from forerun.moe.overlap import summed
 from forerun_adapters import deepspeed_classic as host
 
 __all__ = ["SpeculativeClassic"]
@@ -52,21 +53,23 @@ class SpeculativeClassic(host.ClassicLayer):  # type: ignore[misc]
         order = (key * max(len(answer.tokens), 1) + token).argsort()
         slot, token, key = slot[order], token[order], key[order]
         experts = self.ep_size * self.num_local_experts
-        arrived = dispatch(answer.tokens, token, key, experts * halves, self.ep_group)
-        state.sent += arrived.leaving(dist.get_rank(self.ep_group))
         if state.counter is not None:
             state.counter.saw(state.index, answer.expert.T)
-        if state.trial is not None:
-            # Stock's padded all-to-all: the same rows to every other rank.
-            elsewhere = answer.capacity * (experts - self.num_local_experts)
-            state.rows = state.trial.rows(arrived, elsewhere, state.exact)
         if state.exact:
+            arrived = dispatch(answer.tokens, token, key, experts * halves, self.ep_group)
             output = return_pairs(arrived, self._padded(arrived, halves, answer.capacity))
             row = torch.full_like(answer.expert, len(output))
             row[slot, token] = torch.arange(len(output), device=row.device)
-            output = host.combined(output, answer, row)
+            output, sent = host.combined(output, answer, row), arrived.leaving(dist.get_rank(self.ep_group))
         else:
-            output = return_sums(arrived, self._plain(arrived, halves), answer.weight[slot, token])
+            weight, where = answer.weight[slot, token], key // halves
+            output, sent = summed(answer.tokens, token, where, weight, experts, self._plain, self.ep_group, state.pace)
+        state.sent += sent
+        if state.trial is not None:
+            away = int((key // halves // self.num_local_experts != dist.get_rank(self.ep_group)).sum())
+            # Stock's padded all-to-all: the same rows to every other rank.
+            stock = answer.capacity * (experts - self.num_local_experts)
+            state.rows = (sent + (away if state.exact else sent), 2 * stock)
         return output.reshape(hidden.shape)
 
     def _padded(self, arrived: Arrived, halves: int, capacity: int) -> Tensor:
@@ -83,11 +86,6 @@ class SpeculativeClassic(host.ClassicLayer):  # type: ignore[misc]
             return arrived.rows[arrived.row]
         return host.computed_padded(self, padded).view_as(rows)[group, location]
 
-    def _plain(self, arrived: Arrived, halves: int) -> Tensor:
-        """`[p, H]` of what arrived, each expert's rows together and no others."""
-        counts = arrived.pairs.flatten()
-        key = torch.arange(arrived.pairs.shape[1], device=counts.device).repeat(len(arrived.pairs))
-        expert, order = (key // halves).repeat_interleave(counts).sort(stable=True)
-        each = torch.bincount(expert, minlength=self.num_local_experts).tolist()
-        output = host.computed(self, arrived.rows[arrived.row][order], each)
-        return torch.empty_like(output).index_copy_(0, order, output)
+    def _plain(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """`[p, H]` of rows that lie expert by expert, and no others."""
+        return host.computed(self, rows, counts.tolist())

@@ -9,7 +9,9 @@
     plan      null       path of a plan file; null: experts stay where they are
     exact     true       bit for bit stock's result
     count     false      go on with a routing profile
-    trial     8          calls of each layer run both ways before all ranks decide which way is kept; 0: ours is
+    shuffle   true       tokens go where the plan expects their experts, where attention is tensor-parallel
+    trial     8          calls of each layer run both ways before all ranks decide which way is kept; 0: ours is, as
+                         where attention is tensor-parallel
 
 What the section asks for is checked before the host is asked for anything. A script that took `initialize` out of
 `deepspeed` before `register()` keeps stock's; `python -m forerun.moe.deepspeed script.py …` registers first.
@@ -29,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 
 from forerun.moe.agreement import agree
+from forerun.moe.deepspeed_shuffle import folded
 from forerun.moe.plan import Plan
 from forerun_adapters import deepspeed as host
 from forerun_adapters import deepspeed_engine as engine
@@ -36,6 +39,7 @@ from forerun_adapters import deepspeed_engine as engine
 __all__ = ["SECTION", "Section", "main", "register", "unregister"]
 
 SECTION = "speculative_moe"
+_TRIAL = 8
 
 _undo: list[Callable[[], None]] = []
 
@@ -52,15 +56,16 @@ class Section:
     plan: str | None = None
     exact: bool = True
     count: bool = False
-    trial: int = 8
+    shuffle: bool = True
+    trial: int | None = None  # None: 8, or 0 where attention is tensor-parallel
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "exact", "count"):
+        for name in ("enabled", "exact", "count", "shuffle"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{SECTION}: {name} is {getattr(self, name)!r}; expected true or false")
         if self.plan is not None and not isinstance(self.plan, str | Path):
             raise ValueError(f"{SECTION}: plan is {self.plan!r}; expected the path of a plan file, or null")
-        if type(self.trial) is not int or self.trial < 0:
+        if self.trial is not None and (type(self.trial) is not int or self.trial < 0):
             raise ValueError(f"{SECTION}: trial is {self.trial!r}; expected a number of calls, 0 or more")
 
     @classmethod
@@ -186,4 +191,7 @@ def _speculate(made: Any, section: Section, plan: Plan | None) -> None:
     if section.enabled:
         from forerun.moe.deepspeed import speculate
 
-        speculate(made, plan, exact=section.exact, count=section.count, trial=section.trial)
+        trial = section.trial
+        if trial is None:
+            trial = 0 if any(folded(entry.layer) for entry in host.layers(getattr(made, "module", made))) else _TRIAL
+        speculate(made, plan, exact=section.exact, shuffle=section.shuffle, count=section.count, trial=trial)

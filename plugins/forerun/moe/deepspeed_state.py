@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from forerun.moe.move import MOVE_BYTES, move
+from forerun.moe.overlap import Pace
 from forerun_adapters import deepspeed as host
 
 if TYPE_CHECKING:
@@ -35,9 +36,13 @@ class State:
     place: Tensor | None = None  # [E] the place of each expert
     due: tuple[int, Tensor | None] | None = None  # after so many calls, this order
     torn: bool = False  # experts were being moved when a rank failed
+    shuffle: bool = True  # whether tokens go where a plan expects their experts, if attention is tensor-parallel
     counter: Counter | None = None
     trial: Trial | None = None
     hooks: list[Any] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)
+    looked_at: bool = False  # whether `seen` is asked for
+    seen: Tensor | None = None  # [n] the rank of most of each token's experts, in the last batch
     sent: int = 0  # rows that left this rank on the way there
     rows: tuple[int, int] = (0, 0)  # that the last call under trial sends our way, and stock's
 

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from forerun.moe.deepspeed_state import State
-from forerun.moe.exchange import Arrived
 
 __all__ = ["Trial"]
 
@@ -54,18 +53,6 @@ class Trial:
         self._told += torch.tensor([*seconds, *state.rows], dtype=torch.float64)
         self._decide(layer, device)
         return first if mine_first else second
-
-    def rows(self, arrived: Arrived, stock: int, exact: bool) -> tuple[int, int]:
-        """Rows that this rank sends for a batch, there and back, our way and stock's.
-
-        Args:
-            arrived: Of this batch.
-            stock: Rows that stock sends there.
-            exact: Whether a row per pair goes back.
-        """
-        here = dist.get_rank(arrived.group)
-        back = int(arrived.pairs.sum() - arrived.pairs[here].sum()) if exact else sum(arrived.got_rows)
-        return arrived.leaving(here) + back - (0 if exact else arrived.got_rows[here]), 2 * stock
 
     def _timed(self, layer: Any, way: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
         dist.barrier(layer.ep_group)

@@ -1,10 +1,13 @@
 """Tokens to their experts' ranks and back over a process group, each token to a rank once.
 
-What stays on its rank is not sent. Two ways back:
+A row is a hidden state and what it is for: a byte or, where weights are given, a float32 for each expert of the rank
+that it goes to. So a round trip takes three collectives, as many as stock expert parallelism: how many rows, the rows,
+the way back. Two ways back:
 
 - `return_pairs`: a row per (token, expert), in the order of the pairs, so that a host sums them by its own expression,
   bit for bit as if it had sent a row per pair.
 - `return_sums`: a row per (token, rank), weighted and summed there in float32; fewer bytes, another order of additions.
+  `overlap.summed` is the whole way there and back, weights travelling with the rows.
 
 Every rank of the group calls each function, whatever it has to send: nothing is also a batch. For inference: nothing
 here has a gradient.
@@ -13,14 +16,17 @@ here has a gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Arrived", "dispatch", "return_pairs", "return_sums"]
+__all__ = ["Arrived", "Group", "Sending", "dispatch", "exchanged", "return_pairs", "return_sums", "send"]
 
 Group = dist.ProcessGroup | None
+_ALIGN = 8  # bytes: rows of any dtype can be looked at as such
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +35,7 @@ class Arrived:
 
     Args:
         rows: `[m, H]` hidden states, one per (token, sender), sender by sender.
-        row: `[p]` the row of each pair, pairs sender by sender in their senders' order.
-        pairs: `[R, E/R]` how many of each sender's pairs are for each expert here.
+        use: `[m, E/R]` what each row is for: 1 or the pair's weight for an expert that its token takes, 0 for others.
         sent_pairs: Pairs sent to each rank.
         sent_rows: Rows sent to each rank.
         got_rows: Rows from each rank.
@@ -40,27 +45,60 @@ class Arrived:
     """
 
     rows: Tensor
-    row: Tensor
-    pairs: Tensor
-    sent_pairs: list[int]
+    use: Tensor
+    sent_pairs: Tensor  # [R]
     sent_rows: list[int]
     got_rows: list[int]
     token: Tensor
     tokens: int
     group: Group
 
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        row, expert = self.use.nonzero(as_tuple=True)
+        each, ranks = self.use.shape[1], len(self.got_rows)
+        sender = torch.arange(ranks, device=row.device).repeat_interleave(_tensor(self.got_rows, row))
+        key, order = (sender[row] * each + expert).sort(stable=True)
+        return row[order], torch.bincount(key, minlength=ranks * each).view(ranks, each)
+
     @property
-    def got_pairs(self) -> list[int]:
-        """Pairs from each rank."""
-        return [int(count) for count in self.pairs.sum(1).tolist()]
+    def row(self) -> Tensor:
+        """`[p]` the row of each pair, pairs sender by sender in their senders' order."""
+        return self._pairs[0]
+
+    @property
+    def pairs(self) -> Tensor:
+        """`[R, E/R]` how many of each sender's pairs are for each expert here."""
+        return self._pairs[1]
 
     def leaving(self, rank: int) -> int:
         """Rows that this rank, whose number in the group is given, sent over the wire."""
         return sum(self.sent_rows) - self.sent_rows[rank]
 
 
-def dispatch(hidden: Tensor, token: Tensor, place: Tensor, experts: int, group: Group = None) -> Arrived:
-    """Sends tokens to the ranks of their experts.
+@dataclass(frozen=True, eq=False)
+class Sending:
+    """Rows on their way: those that stay can be used at once."""
+
+    local_rows: Tensor  # [m, H] of this rank's tokens, for experts here
+    local_use: Tensor  # [m, E/R]
+    arriving: Arrived  # whose rows are not there yet
+    _handle: Any
+
+    def wait(self) -> Arrived:
+        """All rows, those that stayed among them.
+
+        Raises:
+            RuntimeError: A rank is lost, or did not send in the group's time.
+        """
+        self._handle.wait()
+        return self.arriving
+
+
+def send(
+    hidden: Tensor, token: Tensor, place: Tensor, experts: int, group: Group = None, weight: Tensor | None = None
+) -> Sending:
+    """Starts sending tokens to the ranks of their experts.
 
     Args:
         hidden: `[n, H]`.
@@ -68,27 +106,37 @@ def dispatch(hidden: Tensor, token: Tensor, place: Tensor, experts: int, group: 
         place: `[p]` rising; where each pair's expert lies: rank r holds the places from r E/R on.
         experts: E, which the group's ranks divide.
         group: Of the exchange; None: all ranks.
+        weight: `[p]` of each pair, which travels along; None: nothing does. A pair of weight 0 is not computed.
     """
-    ranks = dist.get_world_size(group)
+    ranks, tokens = dist.get_world_size(group), len(hidden)
     each = experts // ranks
     to = place // each
-    # One row per (rank, token), by rank, then by token.
-    single, position = torch.unique(to * max(len(hidden), 1) + token, return_inverse=True)
-    row_to, row_token = single // max(len(hidden), 1), single % max(len(hidden), 1)
-    counts = torch.empty(ranks, each + 1, dtype=torch.long, device=hidden.device)
-    counts[:, :each] = torch.bincount(place, minlength=experts).view(ranks, each)
-    counts[:, each] = torch.bincount(row_to, minlength=ranks)
+    pair = to * tokens + token
+    single = torch.zeros(ranks * tokens, dtype=torch.bool, device=hidden.device)
+    single[pair] = True
+    counts = single.view(ranks, tokens).sum(1)
     told = torch.empty_like(counts)
-    dist.all_to_all_single(told, counts, group=group)
-    sizes = torch.stack((counts[:, :each].sum(1), counts[:, each], told[:, :each].sum(1), told[:, each]))
-    sent_pairs, sent_rows, got_pairs, got_rows = sizes.tolist()
-    rows = _exchanged(hidden[row_token], sent_rows, got_rows, group)
-    # A row's number among those for its rank; with the rows of the senders before, its number over there.
-    start = counts[:, each].cumsum(0) - counts[:, each]
-    row = _exchanged((position - start[to]).to(torch.int32), sent_pairs, got_pairs, group).long()
-    before = torch.tensor(got_rows, device=row.device).cumsum(0) - torch.tensor(got_rows, device=row.device)
-    row += before.repeat_interleave(torch.tensor(got_pairs, device=row.device))
-    return Arrived(rows, row, told[:, :each], sent_pairs, sent_rows, got_rows, row_token, len(hidden), group)
+    counting = dist.all_to_all_single(told, counts, group=group, async_op=True)
+    # Meanwhile the rows are packed: by rank, then by token.
+    row_token = single.nonzero().flatten() % max(tokens, 1)
+    packed = _Rows.empty(len(row_token), hidden, each, torch.uint8 if weight is None else torch.float32)
+    torch.index_select(hidden, 0, row_token, out=packed.rows)
+    packed.use.zero_()
+    packed.use[single.cumsum(0)[pair] - 1, place - to * each] = 1 if weight is None else weight.float()
+    sent_pairs = torch.bincount(to, minlength=ranks)
+    counting.wait()
+    sent_rows, got_rows = torch.stack((counts, told)).tolist()
+    got = _Rows.empty(sum(got_rows), hidden, each, packed.use.dtype)
+    handle = dist.all_to_all_single(got.bytes, packed.bytes, got_rows, sent_rows, group=group, async_op=True)
+    here = dist.get_rank(group)
+    local = slice(sum(sent_rows[:here]), sum(sent_rows[: here + 1]))
+    arriving = Arrived(got.rows, got.use, sent_pairs, sent_rows, got_rows, row_token, tokens, group)
+    return Sending(packed.rows[local], packed.use[local], arriving, handle)
+
+
+def dispatch(hidden: Tensor, token: Tensor, place: Tensor, experts: int, group: Group = None) -> Arrived:
+    """Sends tokens to the ranks of their experts, and waits: the arguments are `send`'s."""
+    return send(hidden, token, place, experts, group).wait()
 
 
 def return_pairs(arrived: Arrived, computed: Tensor) -> Tensor:
@@ -98,29 +146,53 @@ def return_pairs(arrived: Arrived, computed: Tensor) -> Tensor:
         arrived: Of `dispatch`.
         computed: `[p', H]` a row for each pair that arrived, in their order.
     """
-    return _exchanged(computed, arrived.got_pairs, arrived.sent_pairs, arrived.group)
+    got_pairs, sent_pairs = torch.stack((arrived.pairs.sum(1), arrived.sent_pairs)).tolist()
+    return exchanged(computed, got_pairs, sent_pairs, arrived.group)
 
 
 def return_sums(arrived: Arrived, computed: Tensor, weight: Tensor) -> Tensor:
-    """`[n, H]` each token's weighted sum over its pairs, in float32 but for what travels.
-
-    A sum is rounded to the rows' dtype once per rank that a token has experts on: in bfloat16 the result may differ by
-    that rounding (2^-8 of each part); in float32 by the order of additions alone.
+    """`[n, H]` each token's weighted sum over its pairs; how far it may be off is said of `overlap.summed`.
 
     Args:
         arrived: Of `dispatch`.
         computed: `[p', H]` a row for each pair that arrived, in their order.
         weight: `[p]` of each pair, in the order in which they were dispatched.
     """
-    scale = _exchanged(weight.float(), arrived.sent_pairs, arrived.got_pairs, arrived.group)
+    got_pairs, sent_pairs = torch.stack((arrived.pairs.sum(1), arrived.sent_pairs)).tolist()
+    scale = exchanged(weight.float(), sent_pairs, got_pairs, arrived.group)
     part = torch.zeros(arrived.rows.shape, dtype=torch.float32, device=computed.device)
     part.index_add_(0, arrived.row, computed.float() * scale[:, None])
-    back = _exchanged(part.to(computed.dtype), arrived.got_rows, arrived.sent_rows, arrived.group)
+    back = exchanged(part.to(computed.dtype), arrived.got_rows, arrived.sent_rows, arrived.group)
     total = torch.zeros(arrived.tokens, computed.shape[1], dtype=torch.float32, device=computed.device)
     return total.index_add_(0, arrived.token, back.float()).to(computed.dtype)
 
 
-def _exchanged(rows: Tensor, sent: list[int], got: list[int], group: Group) -> Tensor:
+def exchanged(rows: Tensor, sent: list[int], got: list[int], group: Group) -> Tensor:
+    """`[sum(got), …]` so many rows from each rank, for so many of `rows` sent to each."""
     out = rows.new_empty((sum(got), *rows.shape[1:]))
     dist.all_to_all_single(out, rows.contiguous(), output_split_sizes=got, input_split_sizes=sent, group=group)
     return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Hidden states and their use next to each other, as one thing that is sent."""
+
+    bytes: Tensor  # [m, W]
+    rows: Tensor  # [m, H], a view
+    use: Tensor  # [m, E/R], a view
+
+    @classmethod
+    def empty(cls, count: int, like: Tensor, each: int, use: torch.dtype) -> _Rows:
+        width = _aligned(like.shape[1] * like.element_size())
+        buffer = torch.empty(count, width + _aligned(each * use.itemsize), dtype=torch.uint8, device=like.device)
+        rows = buffer[:, : like.shape[1] * like.element_size()].view(like.dtype)
+        return cls(buffer, rows, buffer[:, width : width + each * use.itemsize].view(use))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _tensor(counts: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(counts, device=like.device)

@@ -143,9 +143,13 @@ class Completion:
                     self._counts.expected.labels(kind).observe(route.ttft)
                 if begun.response.status == 200:
                     engines[-1].prefixes.add(self._keys)
-                return await finish(begun, self._request)
+                return await finish(begun, self._request, self._broken)
             finally:
                 await _end(answer, stages)
+
+    def _broken(self, lost: EngineLost) -> None:
+        self._counts.errors.inc()
+        _logger.warning("an answer breaks off: %s", lost)
 
     async def _stage(self, engine: Engine, body: bytes, tokens: int, end: int) -> None:
         """Has an engine that is not the last compute its context.

@@ -60,7 +60,7 @@ class Engines:
         logs: Folder of the engines' logs, `engine-0.log` and on.
         arguments: Further ones of vLLM, for every engine.
         cores, gpus: Of each engine, as `find_places` takes them.
-        listen: Host that the connectors listen on.
+        listen: Host that the connectors listen on, as the other engines reach it.
         options: More of `kv_connector_extra_config`.
         patience: Seconds until all engines have to answer.
 
@@ -82,6 +82,8 @@ class Engines:
         patience: float = 1800.0,
     ) -> None:
         check_arguments(arguments)
+        if listen in ("0.0.0.0", "::"):
+            raise ValueError(f"engines cannot send to {listen}: expected the address that they reach this machine by")
         ranks = int(value_of(arguments, "--tensor-parallel-size", "-tp") or 1)
         places = find_places(count, ranks=ranks, cores=cores, gpus=gpus)
         taken: set[int] = set()
@@ -91,6 +93,7 @@ class Engines:
         self.restarts = 0
         self._patience = patience
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *arguments]
+        command.append("--disable-uvicorn-access-log")  # a line for each look at its health
         if _shares_memory(arguments, places):
             command += ["--gpu-memory-utilization", f"{0.8 / count:.3f}"]
         shared = {**os.environ, SECRET: os.environ.get(SECRET) or secrets.token_hex(32)}

@@ -13,7 +13,7 @@ from forerun.runahead.prefixes import Prefixes
 
 __all__ = ["Fleet"]
 
-_PERIOD = 0.5  # seconds between two looks at an engine
+_UP, _DOWN = 2.0, 0.5  # seconds between two looks at an engine that is so
 _BLOCKS = 1 << 18  # of an engine's cache that are remembered, at most
 
 _logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Fleet:
                 if engine.is_up and engine.misses >= MISSES:
                     _logger.warning("an engine is taken out: %s", error)
                     await self._take_out(engine)
-            await asyncio.sleep(_PERIOD)
+            await asyncio.sleep(_UP if engine.is_up and not engine.misses else _DOWN)
 
     async def _look(self, engine: Engine) -> None:
         async with engine.ask("GET", "/health", {}, timeout=LOOK) as response:
@@ -121,4 +121,4 @@ class Fleet:
                 engine = next(engine for engine in self.engines if engine.endpoint == endpoint)
                 _logger.warning("engine %d has ended and is started again", engine.number)
                 await self._take_out(engine)
-            await asyncio.sleep(_PERIOD)
+            await asyncio.sleep(_DOWN)

@@ -23,6 +23,7 @@ from forerun.runahead.routing import Router
 __all__ = ["Front"]
 
 _BODY = 1 << 28  # bytes of a request, at most
+_READ = 300.0  # seconds in which it has to come
 
 _logger = logging.getLogger(__name__)
 
@@ -71,15 +72,15 @@ class Front:
         if not engines:
             return error_response("no engine is up", 503)
         try:
-            data = await request.read() if request.can_read_body else None
+            data = await _body(request) if request.can_read_body else None
             begun = await begin(engines[0], request.method, request.path_qs, onward(request.headers), data)
         except EngineLost as lost:
             return self._failed(lost)
-        return await finish(begun, request)
+        return await finish(begun, request, self._note)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         try:
-            raw = await request.read()
+            raw = await _body(request)
             ask = read_ask(request.path, raw)
             return await Completion(self._fleet, self._router, self._counts, request, raw, ask).answer()
         except EngineLost as lost:
@@ -88,9 +89,20 @@ class Front:
             self._counts.gone.inc()
             raise
 
-    def _failed(self, lost: EngineLost) -> web.Response:
+    def _note(self, lost: EngineLost) -> None:
         self._counts.errors.inc()
         _logger.warning("a request fails: %s", lost)
+
+    def _failed(self, lost: EngineLost) -> web.Response:
+        self._note(lost)
         if lost.body.startswith(b"{"):
             return web.Response(status=lost.status, body=lost.body, content_type="application/json")
         return error_response(str(lost), lost.status)
+
+
+async def _body(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(_READ):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text=f"the request's body did not come in {_READ:.0f} s") from None

@@ -25,8 +25,8 @@ def main(cores: str, command: list[str]) -> None:
     os.setsid()
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, map(int, cores.split(",")))
-    signal.signal(signal.SIGTERM, lambda *_: os.close(0))  # no way to leave the group behind
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda *_: _end(child))
     threading.Thread(target=_watch, args=(child,), daemon=True).start()
     status = child.wait()
     print(f"forerun: the engine has ended with status {status}", file=sys.stderr, flush=True)
@@ -36,11 +36,14 @@ def main(cores: str, command: list[str]) -> None:
 def _watch(child: subprocess.Popen[bytes]) -> None:
     while os.read(0, 4096):
         pass
+    _end(child)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
     child.terminate()
-    try:
-        child.wait(GRACE)
-    finally:
-        os.killpg(0, signal.SIGKILL)
+    timer = threading.Timer(GRACE, os.killpg, (0, signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from forerun.runahead.places import Place
 
 __all__ = ["Process"]
 
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the environment's proxies are not for this
 _LONGEST = 60.0  # seconds between two starts of an engine that dies again and again
 
 
@@ -61,7 +62,7 @@ class Process:
 
     def answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+            with _direct.open(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from forerun.runahead.mailbox import Arrival
-from forerun.runahead.stage import Part
+from forerun.runahead.stage import Over, Part
 from forerun.runahead.transport import Address, Peer, Receiver, Sender
 from forerun.runahead.wire import Piece
 
@@ -20,6 +21,7 @@ __all__ = ["Relay"]
 
 _logger = logging.getLogger(__name__)
 _NEIGHBOURS = 64  # engines that are sent to at a time
+_SHARES = 4096  # kept until they are reported
 
 
 class Relay:
@@ -58,8 +60,12 @@ class Relay:
         self._failed: set[bytes] = set()  # chains whose load failed since `take_failed`
         self._lost: set[bytes] = set()  # chains of which nothing more is loaded
         self._muted: set[bytes] = set()  # chains of which nothing more is sent
-        self.counted = dict.fromkeys(("bytes_sent", "bytes_loaded", "layers_loaded", "recomputes"), 0)
-        self.waited = 0.0  # seconds
+        self._began = 0.0  # when the step did (s, monotonic)
+        self._step_waits: dict[bytes, float] = {}  # seconds in this step, of each chain that is loaded
+        self.counted = dict.fromkeys(("bytes_sent", "bytes_loaded", "layers_loaded"), 0)
+        # Seconds, by the engine before; "lost": for what never came.
+        self.waits: dict[str, float] = defaultdict(float)
+        self.shares: deque[float] = deque(maxlen=_SHARES)  # of its loading step, that a request waited
 
     @property
     def address(self) -> Address:
@@ -67,16 +73,25 @@ class Relay:
         return self._receiver.address
 
     @property
+    def waited(self) -> float:
+        """Seconds, in all."""
+        return sum(self.waits.values())
+
+    @property
     def receiver(self) -> Receiver:
         return self._receiver
 
-    def begin(self, parts: Sequence[Part], finished: Iterable[bytes]) -> None:
-        """A step begins that does this; these chains are over."""
-        for chain in finished:
-            self._receiver.mailbox.finish(chain)
-            self._lost.discard(chain)
-            self._muted.discard(chain)
+    def begin(self, parts: Sequence[Part], finished: Iterable[Over]) -> None:
+        """A step begins that does this; these requests are over."""
+        for over in finished:
+            self._receiver.mailbox.finish(over.chain)
+            self._lost.discard(over.chain)
+            if over.misses is not None:
+                self._mute(over.chain, over.misses)
+            self._muted.discard(over.chain)
         self._parts = parts
+        self._began = time.monotonic()
+        self._step_waits = {part.stage.chain: 0.0 for part in parts if part.load is not None}
         self._loading = {block for part in parts if part.load for block in self._blocks(part, *part.load)}
         for part in parts:
             if part.load is not None and part.stage.chain in self._lost:
@@ -95,9 +110,7 @@ class Relay:
                 self._send_own(part, index, *own)
             else:
                 late.append((part, own))  # a prefix that another request of this step loads
-        for part in self._parts:
-            if part.load is not None and part.stage.chain not in self._lost:
-                self._load(part, index)
+        self._load_all(index)
         for part, own in late:
             self._send_own(part, index, *own)
 
@@ -117,25 +130,43 @@ class Relay:
         for sender in self._senders.values():
             sender.close()
 
-    def _load(self, part: Part, index: int) -> None:
+    def _load_all(self, index: int) -> None:
+        """Loads what comes first, first: engines of several chains may wait for what each other hands on."""
+        pending = {
+            # The engine after wants all.
+            Piece(part.stage.chain, index, 0 if part.send is not None else part.load[0], part.load[1]): part
+            for part in self._parts
+            if part.load is not None and part.stage.chain not in self._lost
+        }
+        deadline = time.monotonic() + self._timeout
+        while pending:
+            began = time.monotonic()
+            settled = self._receiver.mailbox.take_first(list(pending), max(0.0, deadline - began))
+            waited = time.monotonic() - began
+            piece, arrivals = settled or (next(iter(pending)), None)
+            self._load(pending.pop(piece), index, arrivals)
+            self._step_waits[piece.chain] += waited
+            self.waits[arrivals[-1].origin if arrivals else "lost"] += waited
+
+    def _load(self, part: Part, index: int, arrivals: list[Arrival] | None) -> None:
         assert part.load is not None
-        start = 0 if part.send is not None else part.load[0]  # the engine after wants all
-        began = time.monotonic()
-        arrivals = self._receiver.mailbox.take(part.stage.chain, index, start, part.load[1], self._timeout)
-        self.waited += time.monotonic() - began
+        chain = part.stage.chain
         if arrivals is None or not all(self._fits(arrival, index) for arrival in arrivals):
-            told = "did not come in time" if arrivals is None else "is not of the size expected"
-            _logger.warning("layer %d of chain %s %s: computed here", index, part.stage.chain.hex(), told)
-            self._lost.add(part.stage.chain)
-            self._failed.add(part.stage.chain)
+            told = "did not come" if arrivals is None else "is not of the size expected"
+            _logger.warning("layer %d of chain %s %s: computed here", index, chain.hex(), told)
+            self._lost.add(chain)
+            self._failed.add(chain)
             self._failed_blocks.update(self._blocks(part, *part.load))
-            self.counted["recomputes"] += 1
+            if part.stage.next is not None:
+                self._mute(chain, part.stage.next)
             return
         for arrival in arrivals:
             self._write(part, index, arrival)
             if part.send is not None:
                 self._send(part, arrival.piece, arrival.payload)
         self.counted["layers_loaded"] += 1
+        if index == len(self._caches) - 1:
+            self.shares.append(self._step_waits[chain] / (time.monotonic() - self._began))
 
     def _write(self, part: Part, index: int, arrival: Arrival) -> None:
         assert part.load is not None
@@ -162,21 +193,29 @@ class Relay:
     def _send(self, part: Part, piece: Piece, payload: memoryview) -> None:
         if part.stage.next is None or not self._may_send(part):
             return
-        sender = self._sender((part.stage.next[0], part.stage.next[1] + self._rank))
+        sender = self._sender(part.stage.next)
         if sender is not None and sender.send(piece, payload):
             self.counted["bytes_sent"] += payload.nbytes
         else:
-            self._muted.add(part.stage.chain)
+            self._mute(part.stage.chain, part.stage.next)
+
+    def _mute(self, chain: bytes, follows: Address) -> None:
+        """Sends nothing more of a chain, and tells the engine after, which so need not wait."""
+        if chain not in self._muted:
+            self._muted.add(chain)
+            if (sender := self._sender(follows)) is not None:
+                sender.break_off(chain)
 
     def _sender(self, address: Address) -> Sender | None:
         """The sender to an engine; None if there are too many that still have to send, as a client may name any."""
+        address = (address[0], address[1] + self._rank)
         if address not in self._senders:
             if len(self._senders) >= _NEIGHBOURS:
                 idle = next((other for other, sender in self._senders.items() if sender.flush(0)), None)
                 if idle is None:
                     return None
                 self._senders.pop(idle).close()
-            self._senders[address] = Sender(self._peer, address, self._by)
+            self._senders[address] = Sender(self._peer, address, self._by, self.address[1])
         return self._senders[address]
 
     def _may_send(self, part: Part) -> bool:
@@ -184,8 +223,8 @@ class Relay:
 
         What is not sent once is missed, and the engine after computes it itself: nothing more is sent.
         """
-        if not self._failed_blocks.isdisjoint(part.blocks):
-            self._muted.add(part.stage.chain)
+        if part.stage.next is not None and not self._failed_blocks.isdisjoint(part.blocks):
+            self._mute(part.stage.chain, part.stage.next)
         return part.stage.chain not in self._muted
 
     def _blocks(self, part: Part, start: int, end: int) -> list[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -76,8 +77,14 @@ async def begin(engine: Engine, method: str, path: str, headers: Mapping[str, st
     return Begun(engine, response, first, streams, held)
 
 
-async def finish(begun: Begun, request: web.Request) -> web.StreamResponse:
-    """Gives the client a response that has begun; where the engine is lost in the middle of it, an event says so."""
+async def finish(begun: Begun, request: web.Request, broken: Callable[[EngineLost], None]) -> web.StreamResponse:
+    """Gives the client a response that has begun; where the engine is lost in the middle of it, an event says so.
+
+    Args:
+        begun: The response.
+        request: The client's.
+        broken: Is told of an engine that was lost.
+    """
     headers = onward(begun.response.headers)
     if not begun.streams:
         await begun.stack.aclose()
@@ -88,6 +95,7 @@ async def finish(begun: Begun, request: web.Request) -> web.StreamResponse:
             await answer.prepare(request)
             await _pour(begun, answer)
     except EngineLost as lost:
+        broken(lost)
         event = json.dumps(error_body(f"the answer ends here: {lost}", lost.status))
         await answer.write(f"data: {event}".encode() + _END)
     await answer.write_eof()
@@ -102,14 +110,22 @@ async def _pour(begun: Begun, answer: web.StreamResponse) -> None:
         if cut < len(_END) and len(held) > _LARGEST:
             cut = len(held)
         if cut >= len(_END):
-            await answer.write(held[:cut])
+            await _write(begun, answer, held[:cut])
             held = held[cut:]
         chunk = await begun.engine.read_some(begun.response)
         if not chunk:
             break
         held += chunk
     if held:
-        await answer.write(held)
+        await _write(begun, answer, held)
+
+
+async def _write(begun: Begun, answer: web.StreamResponse, data: bytes) -> None:
+    try:
+        async with asyncio.timeout(begun.engine.patience):
+            await answer.write(data)
+    except TimeoutError:
+        raise ConnectionResetError("the client has stopped to read") from None
 
 
 def _failure(first: bytes) -> str | None:

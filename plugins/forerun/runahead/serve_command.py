@@ -53,6 +53,10 @@ def serve(
     except ModuleNotFoundError as error:
         _fail(f"{error}: pip install 'forerun[vllm]'", error)
     try:
+        if model.startswith("-"):
+            raise ValueError(f"the model comes before {model}, as in: forerun runahead serve MODEL {model} …")
+        if model.startswith(("/", "./", "../")) and not Path(model).is_dir():
+            raise ValueError(f"there is no folder {model}; expected a model's, or its name on Hugging Face")
         joined = [_endpoint(text) for text in join or []]
         if engines < 0 or engines + len(joined) < 1:
             raise ValueError(f"--engines is {engines}; expected 1 or more, or 0 with --join")

@@ -29,13 +29,19 @@ _logger = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """A socket that has the address and does not listen yet: who comes too early is refused, and need not wait.
 
     Raises:
         OSError: The address is taken, or none of this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=1024)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
 
 
 def check_table(table: Table, model: str) -> None:
@@ -80,7 +86,7 @@ async def serve(
     """Serves until SIGTERM or SIGINT.
 
     Args:
-        listening: Where clients come.
+        listening: Where clients come; it need not listen yet.
         endpoints: Of all engines.
         engines: Those of them that are child processes.
         model: That they serve.
@@ -106,7 +112,7 @@ async def serve(
         app = Front(fleet, router).app()
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE)
         await runner.setup()
-        await web.SockSite(runner, listening).start()
+        await web.SockSite(runner, listening, backlog=1024).start()
         host, port = listening.getsockname()[:2]
         ready(f"serving {model} by {len(endpoints)} engines at http://{host}:{port}/v1: {told}")
         await over.wait()
@@ -135,7 +141,5 @@ def _router(table: Table | None, engines: int, block: int, least: int | None, mo
     config = read_config(model)
     guessed = guess_table(config, engines, block, model)
     router = Router(guessed, engines, block, LEAST if least is None else least)
-    return (
-        router,
-        f"prompts of {router.least} tokens or more go to chains; {guessed.hardware} (`runahead tune` measures)",
-    )
+    told = f"prompts of {router.least} tokens or more go to chains; {guessed.hardware} (`runahead tune` measures)"
+    return router, told

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from forerun.runahead.transport import Address, parse_address
 
-__all__ = ["Part", "Stage", "Stages", "parse_stage"]
+__all__ = ["Over", "Part", "Stage", "Stages", "parse_stage"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ class Part(NamedTuple):
     blocks: list[int]  # of the cache, in the order of the tokens
     load: tuple[int, int] | None  # tokens that come from the engine before
     send: tuple[int, int] | None  # tokens that go to the engine after; of them, those before `load`'s end are forwarded
+
+
+class Over(NamedTuple):
+    """A request that is over."""
+
+    chain: bytes
+    misses: Address | None  # the engine after it, if that waits for what no longer comes
 
 
 def parse_stage(params: Mapping[str, Any] | None, block: int) -> Stage | None:
@@ -92,13 +99,27 @@ class Stages:
         self._block, self._timeout = block, timeout
         self._requests: dict[str, _Request] = {}
         self._owners: dict[bytes, str] = {}  # the one request of each chain
-        self._finished: list[bytes] = []
+        self._apart: set[str] = set()  # requests that a chain is not for
+        self._finished: list[Over] = []
         self._reach: Mapping[bytes, int] = {}
         self._broken: frozenset[bytes] = frozenset()
-        self.given_up = 0  # requests that waited in vain
+        self.given_up = 0  # requests that waited in vain, or that their chain was not for
+        self.failed = 0  # requests whose load did
 
     def __contains__(self, name: str) -> bool:
-        return name in self._requests
+        return name in self._requests or name in self._apart
+
+    def refuse(self, name: str, stage: Stage | None = None) -> None:
+        """A request takes no part in its chain, once: the prompt is another one, or what it says of it means nothing.
+
+        The engine after it, where that is known, is not left to wait.
+        """
+        if name in self._apart:
+            return
+        if stage is not None and stage.chain not in self._owners:
+            self._finished.append(Over(stage.chain, stage.next))
+        self._apart.add(name)
+        self.given_up += 1
 
     def note(self, reach: Mapping[bytes, int], broken: frozenset[bytes], failed: frozenset[bytes]) -> list[int]:
         """What the workers have: tokens of the first layer, chains cut off, chains whose load failed.
@@ -106,14 +127,15 @@ class Stages:
         Returns the blocks that hold nothing true until they are computed again.
         """
         self._reach, self._broken = reach, broken
-        return [
-            block for request in self._requests.values() if request.stage.chain in failed for block in request.blocks
-        ]
+        hit = [request for request in self._requests.values() if request.stage.chain in failed]
+        self.failed += len(hit)
+        return [block for request in hit for block in request.blocks]
 
     def matched(self, name: str, stage: Stage, tokens: int, computed: int) -> int | None:
         """Tokens beyond those computed that come from the chain; None: not known yet."""
-        if self._owners.setdefault(stage.chain, name) != name:
-            return 0  # such as one of several samples of a prompt: what comes, comes once
+        if name in self._apart or self._owners.setdefault(stage.chain, name) != name:
+            self._apart.add(name)  # such as one of several samples of a prompt: what comes, comes once
+            return 0
         request = self._requests.setdefault(name, _Request(stage, time.monotonic()))
         if request.placed or computed >= stage.start or stage.start >= tokens:
             return 0
@@ -144,17 +166,20 @@ class Stages:
         return Part(request.stage, request.blocks, load, send) if load or send else None
 
     def finish(self, name: str) -> None:
-        """A request is over."""
+        """A request is over, answered or not."""
+        self._apart.discard(name)
         if (request := self._requests.pop(name, None)) is not None:
-            self._finished.append(request.stage.chain)
-            self._owners.pop(request.stage.chain, None)
+            stage = request.stage
+            missed = stage.next is not None and request.sent < stage.end
+            self._finished.append(Over(stage.chain, stage.next if missed else None))
+            self._owners.pop(stage.chain, None)
 
     @property
     def waiting(self) -> bool:
         """Whether a request waits for its chain."""
         return any(not request.placed for request in self._requests.values())
 
-    def take_finished(self) -> list[bytes]:
-        """Chains that are over here since the last call."""
+    def take_finished(self) -> list[Over]:
+        """What is over here since the last call."""
         finished, self._finished = self._finished, []
         return finished

@@ -3,6 +3,11 @@
 A receiver listens on a TCP address, and for engines of its own host on a local socket of the same name, over which a
 payload is passed as a sealed file in memory, and so copied once. A broken connection loses what was under way; nobody
 asks for it again, as the engine that lacks it computes it instead.
+
+Not over `torch.distributed`: engines started apart share no group, and one made for them would not keep what is
+promised here. A receive that is not answered in time closes all pairs of a gloo group's rank, also those with engines
+that are well, and no rank comes back without a new group of all (tests/runahead/test_gloo.py); nor are the members of a
+group, or what they send, authenticated. A group of two for each neighbour would be sockets again, without the check.
 """
 
 from __future__ import annotations
@@ -136,8 +141,9 @@ class Receiver:
         try:
             session = admit(stream, self._peer.secret, self._peer.model)
             stream.timeout = self._peer.timeout
+            host = self.address[0] if stream.is_local else connection.getpeername()[0]
             while stream.wait(self._closed.is_set):
-                chain = self._receive(stream, session)
+                chain = self._receive(stream, session, f"{host}:{session.port}")
                 if chain not in chains:
                     chains.append(chain)
         except Refused as error:
@@ -151,7 +157,7 @@ class Receiver:
             self.mailbox.break_off(chains)
             self._slots.release()
 
-    def _receive(self, stream: SocketStream, session: Session) -> bytes:
+    def _receive(self, stream: SocketStream, session: Session, origin: str) -> bytes:
         header = session.open(stream.read(session.header_size), self._peer.limit)
         if header.passed:
             payload = read_passed(stream.take_file(), header.bytes)
@@ -161,7 +167,10 @@ class Receiver:
             session.check(payload, stream.read(session.mac_size))
         with self._counting:
             self.bytes += header.bytes
-        self.mailbox.put(Arrival(header.piece, payload))
+        if header.bytes:
+            self.mailbox.put(Arrival(header.piece, payload, origin))
+        else:
+            self.mailbox.break_off([header.piece.chain])
         return header.piece.chain
 
     def _refuse(self, reason: str, error: Exception) -> None:
@@ -179,10 +188,13 @@ class Sender:
         address: Of the engine's receiver.
         peer: What is expected of it.
         by: "tcp"; "local": files in memory; "auto": these where the receiver is on this host, else TCP.
+        port: At which this engine listens itself, for the receiver to name it by.
     """
 
-    def __init__(self, peer: Peer, address: Address, by: Literal["auto", "tcp", "local"] = "auto") -> None:
-        self._peer, self._address, self._by = peer, address, by
+    def __init__(
+        self, peer: Peer, address: Address, by: Literal["auto", "tcp", "local"] = "auto", port: int = 0
+    ) -> None:
+        self._peer, self._address, self._by, self._port = peer, address, by, port
         self._waiting: deque[tuple[float, Piece, memoryview]] = deque()
         self._changed = threading.Condition()
         self._pending = 0  # bytes
@@ -213,10 +225,22 @@ class Sender:
             self._changed.notify_all()
         return True
 
+    def break_off(self, chain: bytes) -> None:
+        """Says that nothing more of a chain comes, and drops what of it waits."""
+        with self._changed:
+            if self._closed:
+                return
+            under_way = [self._waiting.popleft()] if self._waiting else []
+            kept = [frame for frame in self._waiting if frame[1].chain != chain]
+            self._pending -= sum(frame[2].nbytes for frame in self._waiting) - sum(frame[2].nbytes for frame in kept)
+            last = (time.monotonic(), Piece(chain, 0, 0, 0), memoryview(b""))
+            self._waiting = deque([*under_way, *kept, last])
+            self._changed.notify_all()
+
     def flush(self, timeout: float) -> bool:
         """Whether all that was queued left in time; what is late is dropped by then or goes on."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._pending == 0, timeout)
+            return self._changed.wait_for(lambda: not self._waiting, timeout)
 
     def close(self) -> None:
         """Drops what still waits and ends the connection."""
@@ -257,8 +281,9 @@ class Sender:
             if self._connection is None:
                 self._connection = self._connect()
             stream, session = self._connection
-            header, mac = session.seal(piece, payload, passed=stream.is_local)
-            if stream.is_local:
+            is_passed = stream.is_local and payload.nbytes > 0
+            header, mac = session.seal(piece, payload, passed=is_passed)
+            if is_passed:
                 stream.write_file(header, passed_file(payload))
             else:
                 stream.write_parts([memoryview(header), payload, memoryview(mac)])
@@ -275,7 +300,7 @@ class Sender:
     def _connect(self) -> tuple[SocketStream, Session]:
         stream = SocketStream(self._open(), _HANDSHAKE)
         try:
-            session = greet(stream, self._peer.secret, self._peer.model)
+            session = greet(stream, self._peer.secret, self._peer.model, self._port)
         except BaseException:
             stream.close()
             raise

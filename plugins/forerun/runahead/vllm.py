@@ -2,26 +2,29 @@
 
 A KV connector, named in `--kv-transfer-config`:
 
-    {"kv_connector": "RunaheadConnector", "kv_connector_module_path": "forerun.runahead.vllm", "kv_role": "kv_both",
-     "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"listen": "127.0.0.1:7001"}}
+    {"kv_connector": "RunaheadConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+     "kv_connector_extra_config": {"listen": "127.0.0.1:7001"}}
 
-with the chain's secret in the environment variable FORERUN_RUNAHEAD_SECRET. Every engine of a chain gets the same
-prompt up to the end of its own context, at once, with `kv_transfer_params`
+with the chain's secret in the environment variable FORERUN_RUNAHEAD_SECRET. vLLM finds it by its entry point; where
+VLLM_PLUGINS leaves that out, `"kv_connector_module_path": "forerun.runahead.vllm"` is added. Every engine of a chain
+gets the same prompt up to the end of its own context, at once, with `kv_transfer_params`
 
     {"runahead": {"chain": 32 hex digits, "start": tokens before its context, "end": its end, "next": "host:port"}}
 
 the last engine the whole prompt and no `next`; it gives the answer. The others are asked for one token. `"prompt"`, the
 digest of the tokens before `end`, is there where the engine makes its tokens itself: if they are others than those that
-the chain is for, it computes alone. A request
-without these parameters is served as if the connector were not there. What engines say to each other is authenticated
-by the secret, not encrypted; whom a request names as `next` learns nothing without it.
+the chain is for, it computes alone. A request without these parameters is served as if the connector were not there.
+What engines say to each other is authenticated by the secret, not encrypted; whom a request names as `next` learns
+nothing without it.
 
 Where vLLM calls it: the scheduler before it admits a request (`get_num_new_matched_tokens`), and every attention layer
 between the write of its own keys and values and attention (`wait_for_layer_load`).
 
-Served: models whose layers all have the same kind of cache, its first axis blocks; contexts of whole blocks, but for
-the last one. Not served: pipeline parallelism within an engine, caches in several groups (Mamba hybrids). Not run on a
-GPU, nor with tensor parallelism within an engine.
+Served: models whose layers all have the same kind of cache, its first axis blocks; contexts that begin and end with
+blocks (the last one ends anywhere), as no backend says where in a block a token's keys lie: on CPUs that is up to the
+instruction set, and engines of unlike ones refuse each other. Tensor parallelism within an engine: each rank listens at
+a port of its own. Not served: pipeline parallelism within an engine, caches in several groups (Mamba hybrids). Not run
+on a GPU.
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ from typing import Any
 
 from forerun.runahead.prefixes import digest
 from forerun.runahead.relay import Relay
-from forerun.runahead.stage import Part, Stage, Stages, parse_stage
+from forerun.runahead.stage import Over, Part, Stage, Stages, parse_stage
 from forerun.runahead.transport import Peer, parse_address
-from forerun.runahead.vllm_stats import COUNTED, ChainMetrics, ChainStats
+from forerun.runahead.vllm_stats import ChainMetrics, ChainStats, Tally
 from forerun.runahead.wire import SECRET, identity
 from forerun_adapters import vllm as host
 
@@ -53,7 +56,7 @@ class _Orders(host.Metadata):  # type: ignore[misc]  # the host's class, which d
     """From the scheduler's half to the workers'."""
 
     parts: list[Part] = field(default_factory=list)
-    finished: list[bytes] = field(default_factory=list)
+    finished: list[Over] = field(default_factory=list)
     idle: bool = False  # nothing to compute, and a request waits for its chain
 
 
@@ -94,7 +97,12 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         self._options = {**_OPTIONS, **given}
         if self._options["transport"] not in ("auto", "tcp", "local"):
             raise ValueError(f"transport is {self._options['transport']!r}; expected auto, tcp or local")
-        parse_address(self._options["listen"])
+        port, ranks = parse_address(self._options["listen"])[1], host.parallel_size(vllm_config)
+        if ranks > 1 and not 0 < port <= 65536 - ranks:
+            raise ValueError(
+                f"listen is {self._options['listen']!r}: each of {ranks} tensor-parallel ranks listens at a "
+                "port of its own, from that one on; expected a port that leaves room for them"
+            )
         for name in ("timeout", "capacity"):
             value = self._options[name]
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -107,7 +115,7 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         self._relay: Relay | None = None
         self._layers: dict[str, int] = {}
         self._pool: Any = None
-        self._reported: dict[str, float] = dict.fromkeys(COUNTED, 0)
+        self._tallies = (Tally(), Tally())  # counts, and waits
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -123,13 +131,16 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         assert self._stages is not None
         try:
             stage = parse_stage(request.kv_transfer_params, self._block)
-            if stage is not None and request.request_id not in self._stages:
-                _check_prompt(stage, request.prompt_token_ids)
         except ValueError as error:  # from a client: it must not end the engine
-            _logger.warning("request %s is computed without a chain: %s", request.request_id, error)
-            stage = None
+            if request.request_id not in self._stages:
+                self._stages.refuse(request.request_id)
+                _logger.warning("request %s is computed without a chain: %s", request.request_id, error)
+            return 0, False
         if stage is None:
             return 0, False
+        if request.request_id not in self._stages and not _is_prompt(stage, request.prompt_token_ids):
+            _logger.warning("request %s is computed without a chain: it is for another prompt", request.request_id)
+            self._stages.refuse(request.request_id, stage)
         return self._stages.matched(request.request_id, stage, request.num_tokens, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -176,7 +187,8 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
                 shape = list(kv_caches[name].shape)
                 raise ValueError(f"the cache of {name} has shape {shape}; expected its {blocks} blocks to come first")
         rank, shapes = host.parallel_rank(self._config), [tuple(kv_caches[name].shape[1:]) for name in names]
-        model = identity(*host.fingerprint(self._config), names, shapes, self._options["identity"])
+        packing = host.packing(self._config, names)
+        model = identity(*host.fingerprint(self._config), names, shapes, packing, self._options["identity"])
         timeout, capacity = float(self._options["timeout"]), int(self._options["capacity"])
         peer = Peer(os.environ[SECRET].encode(), model, timeout=timeout, capacity=capacity)
         address = parse_address(self._options["listen"])
@@ -228,19 +240,21 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
     # Metrics.
 
     def get_kv_connector_stats(self) -> Any:
-        counted = dict.fromkeys(COUNTED, 0.0)
+        counted: dict[str, float] = {}
+        waits: dict[str, float] = {}
+        shares: list[float] = []
         if self._relay is not None:
-            refused = sum(self._relay.receiver.refused.values())
-            counted |= {**self._relay.counted, "wait_seconds": self._relay.waited, "refused": refused}
+            counted = {**self._relay.counted, "refused": sum(self._relay.receiver.refused.values())}
+            waits = dict(self._relay.waits)
+            shares = [self._relay.shares.popleft() for _ in range(len(self._relay.shares))]
         if self._stages is not None:
-            counted["recomputes"] += self._stages.given_up
-        stats = ChainStats(data={name: counted[name] - self._reported[name] for name in COUNTED})
-        self._reported = counted
+            counted["recomputes"] = self._stages.given_up + self._stages.failed
+        stats = ChainStats.of(self._tallies[0].added(counted), self._tallies[1].added(waits), shares)
         return None if stats.is_empty() else stats
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
-        return ChainStats(data=data) if data is not None else ChainStats(data=dict.fromkeys(COUNTED, 0))
+        return ChainStats(data=data) if data is not None else ChainStats.of({}, {}, [])
 
     @classmethod
     def build_prom_metrics(
@@ -249,6 +263,5 @@ class RunaheadConnector(host.Connector):  # type: ignore[misc]
         return ChainMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
 
-def _check_prompt(stage: Stage, tokens: Sequence[int] | None) -> None:
-    if stage.prompt is not None and (tokens is None or digest(tokens[: stage.end]) != stage.prompt):
-        raise ValueError(f"its first {stage.end} tokens are not those of the chain's prompt")
+def _is_prompt(stage: Stage, tokens: Sequence[int] | None) -> bool:
+    return stage.prompt is None or (tokens is not None and digest(tokens[: stage.end]) == stage.prompt)

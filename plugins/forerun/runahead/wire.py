@@ -33,7 +33,7 @@ __all__ = [
 SECRET = "FORERUN_RUNAHEAD_SECRET"  # the environment variable that holds it
 VERSION = 1
 _MAGIC = b"FRKV"
-_HELLO = struct.Struct("!4sH16s32s")  # magic, version, nonce, model
+_HELLO = struct.Struct("!4sH16s32sH")  # magic, version, nonce, model, port
 _ANSWER = struct.Struct("!4sHB16s32s")  # magic, version, status, nonce, proof
 _HEADER = struct.Struct("!4sBQ16sIQQQ")  # magic, place, sequence, chain, layer, start, end, bytes
 _HEADER_MAC, _FRAME_MAC = 16, 16
@@ -75,7 +75,7 @@ class Header(NamedTuple):
     """What comes before a frame's payload."""
 
     piece: Piece
-    bytes: int  # of the payload
+    bytes: int  # of the payload; 0: nothing more of the chain comes
     passed: bool  # the payload comes as a sealed file beside the stream, not in it
 
 
@@ -84,14 +84,14 @@ def identity(*parts: object) -> bytes:
     return blake2b("\x1f".join(map(str, parts)).encode(), digest_size=32).digest()
 
 
-def greet(stream: Stream, secret: bytes, model: bytes) -> Session:
-    """The sender's half of the handshake.
+def greet(stream: Stream, secret: bytes, model: bytes, port: int = 0) -> Session:
+    """The sender's half of the handshake; it says at which port it listens itself.
 
     Raises:
         Refused: The peer has another version, model or secret, or speaks something else.
     """
     nonce = os.urandom(16)
-    stream.write(_HELLO.pack(_MAGIC, VERSION, nonce, model))
+    stream.write(_HELLO.pack(_MAGIC, VERSION, nonce, model, port))
     magic, version, status, other, proof = _ANSWER.unpack(stream.read(_ANSWER.size))
     if magic != _MAGIC or status >= len(_STATUSES):
         raise Refused("garbage", "the peer does not speak forerun's protocol")
@@ -99,12 +99,13 @@ def greet(stream: Stream, secret: bytes, model: bytes) -> Session:
         raise Refused("version", f"the peer speaks version {version} of the protocol; expected {VERSION}")
     if status == _STATUSES.index("model"):
         raise Refused("model", "the peer serves another model, or keeps its cache another way")
-    if not hmac.compare_digest(proof, _proof(secret, b"receiver", nonce, other, model)):
+    said = nonce + other + model + port.to_bytes(2)
+    if not hmac.compare_digest(proof, _proof(secret, b"receiver", said)):
         raise Refused("secret", "the peer has another secret")
-    stream.write(_proof(secret, b"sender", nonce, other, model))
+    stream.write(_proof(secret, b"sender", said))
     if stream.read(1) != b"\0":
         raise Refused("secret", "the peer does not accept this engine's secret")
-    return Session(_proof(secret, b"session", nonce, other, model))
+    return Session(_proof(secret, b"session", said))
 
 
 def admit(stream: Stream, secret: bytes, model: bytes) -> Session:
@@ -113,7 +114,7 @@ def admit(stream: Stream, secret: bytes, model: bytes) -> Session:
     Raises:
         Refused: As `greet`; the peer has been told why unless it speaks something else.
     """
-    magic, version, other, theirs = _HELLO.unpack(stream.read(_HELLO.size))
+    magic, version, other, theirs, port = _HELLO.unpack(stream.read(_HELLO.size))
     if magic != _MAGIC:
         raise Refused("garbage", "the peer does not speak forerun's protocol")
     nonce = os.urandom(16)
@@ -127,21 +128,26 @@ def admit(stream: Stream, secret: bytes, model: bytes) -> Session:
     if not hmac.compare_digest(theirs, model):
         answer("model")
         raise Refused("model", "the peer serves another model, or keeps its cache another way")
-    answer("welcome", _proof(secret, b"receiver", other, nonce, model))
-    if not hmac.compare_digest(stream.read(32), _proof(secret, b"sender", other, nonce, model)):
+    said = other + nonce + model + port.to_bytes(2)
+    answer("welcome", _proof(secret, b"receiver", said))
+    if not hmac.compare_digest(stream.read(32), _proof(secret, b"sender", said)):
         stream.write(b"\1")
         raise Refused("secret", "the peer has another secret")
     stream.write(b"\0")
-    return Session(_proof(secret, b"session", other, nonce, model))
+    return Session(_proof(secret, b"session", said), port)
 
 
 class Session:
-    """One connection after its handshake: authenticates frames, in order."""
+    """One connection after its handshake: authenticates frames, in order.
+
+    A frame without payload, of the tokens from 0 up to 0, says that nothing more of its chain comes.
+    """
 
     header_size = _HEADER.size + _HEADER_MAC
     mac_size = _FRAME_MAC
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, port: int = 0) -> None:
+        self.port = port  # at which the sender listens itself
         self._key = key
         self._sequence = 0
         self._opened = b""  # the header that `check` belongs to
@@ -165,7 +171,8 @@ class Session:
         magic, passed, sequence, chain, layer, start, end, size = _HEADER.unpack(header)
         if magic != _MAGIC or sequence != self._sequence:
             raise BrokenFrame(f"frame {sequence} came; expected frame {self._sequence}")
-        if not 0 < size <= limit or not start < end:
+        is_last = (passed, start, end, size) == (False, 0, 0, 0)
+        if not is_last and not (0 < size <= limit and start < end):
             raise BrokenFrame(f"a frame of {size} bytes for tokens {start} to {end}; expected 1 to {limit} bytes")
         self._opened = header
         if passed:
@@ -195,5 +202,5 @@ class Session:
         return tag
 
 
-def _proof(secret: bytes, who: bytes, sender: bytes, receiver: bytes, model: bytes) -> bytes:
-    return hmac.digest(secret, who + b"\0" + VERSION.to_bytes(2) + sender + receiver + model, "sha256")
+def _proof(secret: bytes, who: bytes, said: bytes) -> bytes:
+    return hmac.digest(secret, who + b"\0" + VERSION.to_bytes(2) + said, "sha256")

@@ -1,0 +1,84 @@
+"""Requests to data-parallel ranks, near the experts that their tokens are expected to take.
+
+Under data parallelism a request stays on one rank through all layers, and whoever splits the batch decides on which.
+Every rank answers its requests as any other would: the split changes what travels, not what is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forerun.moe.plan import Plan
+
+__all__ = ["assign", "expected"]
+
+
+def assign(requests: Sequence[Any], plan: Plan, *, limit: float = 1.1) -> NDArray[np.int64]:
+    """`[n]` the rank of each request: where most of its experts are expected, as far as there is room.
+
+    Requests that lose most elsewhere choose first (by *regret*); one that fits nowhere goes where there is most room.
+    So no rank has more tokens than `limit` times the mean, or than the mean and the longest request. The same requests
+    and plan give the same ranks.
+
+    Plain equivalent where there is room for all: `expected(requests, plan).argmax(1)`.
+
+    Args:
+        requests: Token ids of each: sequences, arrays or tensors of whole numbers, any shape, none empty by need.
+        plan: Whose ranks they are spread over.
+        limit: Most tokens of a rank, over the mean; 1 or more.
+
+    Raises:
+        ValueError: The limit is below 1.
+        TypeError: A request holds something else than whole numbers.
+    """
+    if not limit >= 1:
+        raise ValueError(f"limit is {limit}; expected tokens of a rank over the mean, 1 or more")
+    ids = [_ids(request) for request in requests]
+    size = np.array([len(one) for one in ids], np.int64)
+    share = expected(ids, plan) * size[:, None]  # tokens whose experts are expected there
+    room = np.full(plan.ranks, limit * size.sum() / plan.ranks + 1e-9)
+    rank = np.full(len(ids), -1, np.int64)
+    waiting = np.arange(len(ids))
+    while len(waiting):
+        open_to = room >= size[waiting, None]
+        gain = np.where(open_to, share[waiting], -np.inf)
+        nowhere = ~open_to.any(1)
+        if nowhere.any():
+            longest = np.flatnonzero(nowhere)[size[waiting[nowhere]].argmax()]
+            chosen, to = longest, int(room.argmax())
+        else:
+            best = np.sort(gain, axis=1)
+            second = np.where(np.isfinite(best[:, -2]), best[:, -2], 0) if plan.ranks > 1 else 0
+            chosen = int((best[:, -1] - second).argmax())
+            to = int(gain[chosen].argmax())
+        rank[waiting[chosen]] = to
+        room[to] -= size[waiting[chosen]]
+        waiting = np.delete(waiting, chosen)
+    return rank
+
+
+def expected(requests: Sequence[Any], plan: Plan) -> NDArray[np.float64]:
+    """`[n, R]` what share of each request's experts is expected on each rank, over its tokens and all layers.
+
+    Args:
+        requests: As in `assign`; an empty one is expected anywhere alike.
+        plan: By which it is expected.
+    """
+    share = np.full((len(requests), plan.ranks), 1 / plan.ranks)
+    for at, request in enumerate(requests):
+        ids, counts = np.unique(_ids(request), return_counts=True)
+        if len(ids):
+            layers = [counts @ plan.shares(layer, ids) for layer in range(len(plan.identity.layers))]
+            share[at] = np.mean(layers, axis=0) / counts.sum()
+    return share
+
+
+def _ids(request: Any) -> NDArray[np.int64]:
+    ids = np.asarray(request.cpu() if hasattr(request, "cpu") else request)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise TypeError(f"a request is {ids.dtype}{list(ids.shape)}; expected its token ids, whole numbers")
+    return ids.ravel().astype(np.int64)

@@ -1,0 +1,24 @@
+"""Tokens shuffled around tensor-parallel attention on DeepSpeed's own folded AutoTP and AutoEP, in real processes."""
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from processes import ran
+
+
+@pytest.mark.parametrize(("family", "tensor_parallel", "ranks"), [("Qwen3Moe", 2, 2), ("Mixtral", 2, 4)])
+def test_shuffled_speaks_as_stock_and_sends_less(family, tensor_parallel, ranks, tmp_path):
+    """Greedy tokens the same, logits but for roundings; undone, every module is stock's again, bit for bit."""
+    arguments = [family, str(tensor_parallel), "{rank}", str(ranks), str(tmp_path / "store")]
+    codes, outputs = ran("folded_program.py", ranks, arguments)
+    assert codes == [0] * ranks, "\n".join(output[-3000:] for output in outputs)
+    sent = {}
+    for line in "\n".join(outputs).splitlines():
+        match line.split():
+            case ["stock" | "alone" | "in-order" | "shuffled" | "sums" as way, number]:
+                sent[way] = sent.get(way, 0) + int(number)
+    assert len(sent) == 5
+    assert all(sent[way] < 0.75 * sent["stock"] for way in sent if way != "stock")
+    assert sent["shuffled"] < sent["in-order"]
+    assert sent["sums"] <= sent["shuffled"]
