@@ -6,7 +6,7 @@ SCHEME ?=
 # Test files run side by side, each process on a core: a file stays in one process, which its engines and models serve.
 JOBS ?= 2
 PYTEST := pytest -m "not soak" -n $(JOBS) --dist loadfile
-test test-oldest test-torchrec: export OMP_NUM_THREADS = 1
+test test-oldest test-torchrec test-deepspeed: export OMP_NUM_THREADS = 1
 
 # Real models' routing tables, where they lie beside the checkout: tests that need them skip without.
 ROUTING_DATA := $(wildcard ../shared/data/moe_routing)
@@ -15,7 +15,7 @@ export FORERUN_ROUTING_DATA ?= $(abspath $(ROUTING_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-oldest test-torchrec test-vllm soak demo wheel clean
+.PHONY: help setup lint types test test-oldest test-torchrec test-vllm test-deepspeed soak demo wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,12 +43,18 @@ test-torchrec: setup ## The tests of what stands on torchrec, on its oldest and 
 		$(BIN)/$(PYTEST) tests/dlrm tests/adapters/test_torchrec*.py || exit; \
 	done
 
+test-deepspeed: setup ## The tests of what stands on DeepSpeed, on its oldest release
+	@$(PYTHON) tests/hosts/environments.py deepspeed-0.19.4
+	TORCH_COMPILE_DISABLE=1 FORERUN_DEEPSPEED=0.19.4 PYTHONPATH=$(CURDIR)/.venv-deepspeed-0.19.4 \
+		$(BIN)/$(PYTEST) tests/moe/test_deepspeed*.py tests/adapters/test_deepspeed*.py
+
 VLLM_OLDEST := FORERUN_VLLM=0.28 PYTHONPATH=$(CURDIR)/.venv-vllm-0.28
 
 test-vllm: setup ## The tests of what stands on vLLM, on its oldest release: its contracts, and chains of engines
 	$(VLLM_OLDEST) $(BIN)/$(PYTEST) tests/runahead/test_vllm_cached.py tests/adapters/test_vllm.py
 
 soak: setup ## The tests at full counts, which takes long: tests/results/soak.txt, soak-vllm.txt
+	@$(MAKE) --no-print-directory test-deepspeed
 	@mkdir -p tests/results
 	set -o pipefail; $(BIN)/pytest -m soak --timeout 3600 --no-header -v --show-capture=no 2>&1 | tee tests/results/soak.txt
 	set -o pipefail; $(VLLM_OLDEST) $(BIN)/pytest --timeout 3600 --no-header -v --show-capture=no \

@@ -1,56 +1,44 @@
-"""DeepSpeed, 0.19: AutoEP's expert-parallel layers, and what of their computation `forerun.moe.deepspeed` keeps.
+"""DeepSpeed: a model's expert-parallel layers of both kinds, AutoEP's and classic ones, and what is common to them.
 
-The contract tests of every symbol used here are in `tests/adapters/test_deepspeed.py`.
+`forerun_adapters.deepspeed_autoep` and `deepspeed_classic` hold what of each kind's computation is kept,
+`deepspeed_engine` what of the engines. The contract tests of every symbol are in `tests/adapters/test_deepspeed.py`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from forerun_adapters._require import require
+from forerun_adapters import deepspeed_autoep as autoep
+from forerun_adapters import deepspeed_classic as classic
+from forerun_adapters.deepspeed_autoep import AutoEPLayer
+from forerun_adapters.deepspeed_classic import ClassicLayer
 
-require("deepspeed")
-
-from deepspeed.module_inject import auto_ep_layer as _layer  # noqa: E402
-from deepspeed.module_inject.auto_ep_comm import COMM_BACKEND as _PLAIN  # noqa: E402
-from deepspeed.moe.ep_kernels import TOKEN_GROUP_ALIGN_SIZE_M as _ALIGN  # noqa: E402
-
-__all__ = [
-    "AutoEPLayer",
-    "Routed",
-    "combined",
-    "computed",
-    "computed_together",
-    "finished",
-    "layers",
-    "name_of",
-    "obstacle",
-    "routed",
-]
-
-AutoEPLayer: Any = _layer.AutoEPMoELayer
+__all__ = ["AutoEPLayer", "Found", "experts_of", "layers", "name_of", "obstacle", "slots", "top_k_of", "weights"]
 
 
-class Routed(NamedTuple):
-    """What a layer's router says of a batch."""
+class Found(NamedTuple):
+    """An expert-parallel layer of a model."""
 
-    tokens: Tensor  # [n, H]
-    weight: Tensor  # [n, k]
-    expert: Tensor  # [n, k]
+    number: int  # of the layer in the model
+    name: str
+    layer: Any  # an AutoEP or a classic one
 
 
-def layers(model: nn.Module) -> list[tuple[int, str, Any]]:
-    """Number in the model, name and module of each AutoEP layer, in order."""
+def layers(model: nn.Module) -> list[Found]:
+    """The layers in order. Classic ones whose names do not tell their numbers apart are counted from 0."""
     found = []
     for name, module in model.named_modules():
-        number = re.search(r"\.(\d+)\.", f".{name}.")
-        if isinstance(module, AutoEPLayer) and number:
-            found.append((int(number[1]), name, module))
-    return sorted(found, key=lambda entry: entry[0])
+        if isinstance(module, AutoEPLayer | ClassicLayer):
+            number = re.search(r"\.(\d+)\.", f".{name}.")
+            found.append(Found(int(number[1]) if number else -1, name, module))
+    numbers = [entry.number for entry in found]
+    if -1 in numbers or len(set(numbers)) < len(numbers):
+        return [entry._replace(number=place) for place, entry in enumerate(found)]
+    return sorted(found, key=lambda entry: entry.number)
 
 
 def name_of(model: nn.Module) -> str:
@@ -60,76 +48,43 @@ def name_of(model: nn.Module) -> str:
     return transformers.name_of(model)
 
 
+def experts_of(layer: Any) -> int:
+    """E, routed experts on all ranks together."""
+    return int(layer.ep_size * layer.num_local_experts)
+
+
+def top_k_of(layer: Any) -> int:
+    """k, experts of a token."""
+    return int(layer.top_k if isinstance(layer, AutoEPLayer) else layer.gate.k)
+
+
 def obstacle(layer: Any) -> str | None:
     """What of the layer's settings only the stock forward pass knows; None: nothing."""
+    held = weights(layer)
     reasons = (
-        (
-            layer.ep_group is None,
-            "it has no expert-parallel group yet (deepspeed.initialize, or set_deepspeed_parallelism)",
-        ),
-        (layer.comm_backend != _PLAIN, f"comm_backend {layer.comm_backend!r}"),
-        (layer.async_split_plan, "async_split_plan"),
-        (layer.score_apply != "post", f"score_apply {layer.score_apply!r}"),
-        (layer.combine_impl == "fused_weighted_sum", "combine_impl 'fused_weighted_sum'"),
         (any(hasattr(parameter, "ds_id") for parameter in layer.parameters()), "ZeRO stage 3"),
+        (
+            not all(tensor.is_contiguous() for place in held for tensor in place),
+            "weights of its experts are not contiguous",
+        ),
+        (any(len(place) != layer.num_local_experts for place in held), "its experts are not all alike"),
     )
-    return next((reason for applies, reason in reasons if applies), None)
+    kind = autoep if isinstance(layer, AutoEPLayer) else classic
+    return kind.obstacle(layer) or next((reason for applies, reason in reasons if applies), None)
 
 
-def routed(layer: Any, hidden: Tensor) -> Routed:
-    """Asks the layer's router, and counts as the stock layer does."""
-    tokens = hidden.reshape(-1, hidden.shape[-1])
-    answer = _layer.RouterOutput(*layer.router(tokens, layer.expert_bias))
-    layer.tokens_per_expert.add_(answer.num_tokens_per_expert)
-    return Routed(tokens, answer.top_scores, answer.selected_experts)
+def weights(layer: Any) -> list[list[Tensor]]:
+    """Of each parameter and buffer of an expert, those of the E/R experts here, to be written in place."""
+    tensors = {**dict(layer.experts.named_parameters()), **dict(layer.experts.named_buffers())}
+    return slots(layer, {name: tensor.data for name, tensor in tensors.items()})
 
 
-def computed(layer: Any, rows: Tensor, pairs: Tensor) -> Tensor:
-    """`[p, H]` the layer's experts over rows that came sender by sender, `pairs` `[R, E/R]` of each for each expert.
-
-    Bit for bit what stock computes: each expert sees the same rows, in the same order, padded to the same number. Stock
-    fills its indices group by group on a CPU; here they come from sums.
-    """
-    if layer.experts.use_grouped_mm:
-        permuted, indices, aligned, count = _layer.permute_by_local_expert(rows, pairs)
-        output: Tensor = _layer.unpermute_by_local_expert(layer.experts(permuted, aligned), indices, count)
-        return output
-    each = pairs.sum(0)
-    padded = (each.clamp(min=_ALIGN) + _ALIGN - 1) // _ALIGN * _ALIGN
-    first = padded.cumsum(0) - padded + pairs.cumsum(0) - pairs  # [R, E/R] where each group begins
-    counts = pairs.flatten()
-    shift = first.flatten() - (counts.cumsum(0) - counts)
-    place = torch.arange(len(rows), device=rows.device) + shift.repeat_interleave(counts)
-    given = rows.new_zeros(int(padded.sum()), rows.shape[1]).index_copy_(0, place, rows)
-    answer: Tensor = layer.experts(given, padded)
-    return answer.index_select(0, place)
-
-
-def computed_together(layer: Any, rows: Tensor, counts: Tensor) -> Tensor:
-    """`[p, H]` the layer's experts over rows that lie expert by expert, `counts` `[E/R]` of each.
-
-    Groups are padded only for the grouped product of matrices, which asks for it.
-    """
-    if layer.experts.use_grouped_mm:
-        return computed(layer, rows, counts[None])
-    output: Tensor = layer.experts(rows, counts)
-    return output
-
-
-def combined(layer: Any, output: Tensor, answer: Routed, order: Tensor, shape: Any) -> Tensor:
-    """The stock sum over a token's experts: `output` `[p, H]` in `order` of the pairs."""
-    result: Tensor = _layer.combine_from_routed(
-        output,
-        top_scores=answer.weight,
-        token_indices_sorted=order,
-        top_k=layer.top_k,
-        score_apply=layer.score_apply,
-        combine_impl=layer.combine_impl,
-        shape=shape,
-    )
-    return result
-
-
-def finished(layer: Any, output: Tensor, answer: Routed, hidden: Tensor) -> Any:
-    """What the stock layer does after its experts: shared experts, output shape, router logits."""
-    return layer._finalize_output(output, answer.tokens, hidden, hidden.shape[-1])
+def slots(layer: Any, tensors: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """Named tensors of `layer.experts`, those that belong to one weight together, in the experts' order."""
+    if isinstance(layer, AutoEPLayer):  # stacked
+        return [list(tensor) for _, tensor in sorted(tensors.items())]
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        _, place, rest = name.split(".", 2)
+        found.setdefault(rest, {})[int(place)] = tensor
+    return [[held[place] for place in sorted(held)] for _, held in sorted(found.items())]

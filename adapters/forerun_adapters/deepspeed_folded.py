@@ -41,8 +41,8 @@ class Part(_LinearAllreduce):  # type: ignore[misc]
 
 
 def folding(layer: Any) -> Folding | None:
-    """How an AutoEP layer shares its ranks with tensor parallelism; None: it does not."""
-    handles = layer.folding_group_handles
+    """How an expert-parallel layer shares its ranks with tensor parallelism; None: it does not, as no classic one."""
+    handles = getattr(layer, "folding_group_handles", None)
     if handles is None or handles.spec.tp_size <= 1:
         return None
     return Folding(handles.tp_group, tuple(rank % handles.spec.ep_size for rank in handles.tp_ranks))

@@ -1,39 +1,73 @@
-"""What `forerun_adapters.deepspeed` stands on: the symbols of AutoEP's layer, as they are in the installed release."""
+"""What forerun's DeepSpeed adapters stand on: the symbols of both kinds of layers and of engines, as installed."""
 
 import inspect
+import os
+from importlib import metadata
 
 import pytest
 
 pytest.importorskip("deepspeed")
 
+import deepspeed
 import torch
-from deepspeed.module_inject import auto_ep_comm, auto_ep_layer
+from deepspeed.module_inject import auto_ep_layer
+from deepspeed.moe import sharded_moe
 from deepspeed.moe.ep_experts import GroupedExperts
+from deepspeed.runtime.engine import DeepSpeedEngine
+from packaging.version import Version
 
-from forerun_adapters import deepspeed as host
+from forerun_adapters import deepspeed_autoep, deepspeed_engine
+from forerun_adapters._require import HOSTS
 
 
 @pytest.mark.parametrize(
     ("symbol", "parameters"),
     [
-        (auto_ep_layer.AutoEPMoELayer._forward, ["self", "hidden_states"]),
-        (auto_ep_layer.AutoEPMoELayer._finalize_output, ["self", "output", "x", "hidden_states", "hdim"]),
+        (auto_ep_layer.AutoEPMoELayer.forward, ["self", "hidden_states"]),
         (auto_ep_layer.permute_by_local_expert, ["tokens", "local_counts"]),
         (auto_ep_layer.unpermute_by_local_expert, ["expert_output", "permuted_indices", "n_tokens"]),
         (
             auto_ep_layer.combine_from_routed,
             ["expert_output", "top_scores", "token_indices_sorted", "top_k", "score_apply", "combine_impl", "shape"],
         ),
+        (sharded_moe.MOELayer.forward, ["self", "input", "kwargs"]),
+        (sharded_moe.TopKGate.forward, ["self", "input", "used_token", "sparse_routes", "use_tutel"]),
+        (sharded_moe._sparse_decode, ["expert_output", "slots", "gates", "num_tokens"]),
+        (deepspeed.init_inference, ["model", "config", "kwargs"]),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=lambda value: getattr(value, "__qualname__", ""),
 )
 def test_functions_take_what_they_are_given(symbol, parameters):
     assert list(inspect.signature(symbol).parameters) == parameters
 
 
+def test_a_gate_answers_in_this_order():
+    gate = sharded_moe.TopKGate(4, 3, k=2, drop_tokens=False, top2_2nd_expert_sampling=False)
+    loss, capacity, experts, expert, _, weight, counts = gate(torch.randn(5, 4), None, True, False)
+    assert loss.ndim == 0
+    assert int(capacity) == int(counts.max())
+    assert experts == 3
+    assert expert.shape == weight.shape == (2, 5)
+    assert counts.sum() == 10
+
+
+def test_engines_have_what_is_wrapped():
+    assert all(callable(getattr(DeepSpeedEngine, name)) for name in deepspeed_engine.CHECKPOINTS)
+    assert {"args", "model", "config", "config_params"} <= set(inspect.signature(deepspeed.initialize).parameters)
+
+
+def test_the_oldest_release_still_needs_its_shims():
+    """Once `comm_backend` and `_finalize_output` are in every release that is supported, their shims can go."""
+    oldest = min(Version(spec.version) for spec in HOSTS["deepspeed"].supported if spec.operator == ">=")
+    assert oldest < Version("0.19.7")
+
+
+def test_this_is_the_release_that_was_asked_for():
+    assert metadata.version("deepspeed") == os.environ.get("FORERUN_DEEPSPEED", "0.19.8")  # `make test-deepspeed`
+
+
 def test_the_router_answers_in_this_order():
     assert auto_ep_layer.RouterOutput._fields == ("top_scores", "selected_experts", "num_tokens_per_expert")
-    assert auto_ep_comm.COMM_BACKEND == "comm"
 
 
 @pytest.mark.parametrize(
@@ -41,9 +75,7 @@ def test_the_router_answers_in_this_order():
     [
         "ep_group",
         "ep_size",
-        "comm_backend",
         "folding_group_handles",
-        "async_split_plan",
         "score_apply",
         "combine_impl",
         "num_experts",
@@ -71,7 +103,7 @@ def test_experts_are_given_what_stock_gives_them(seed):
     pairs = torch.randint(0, 9, (4, 3)) * torch.randint(0, 2, (4, 3)) * (seed > 0)
     rows = torch.randn(int(pairs.sum()), 24)
     with torch.no_grad():
-        ours = host.computed(layer, rows, pairs)
+        ours = deepspeed_autoep.computed(layer, rows, pairs)
         permuted, indices, aligned, count = auto_ep_layer.permute_by_local_expert(rows, pairs)
         stock = auto_ep_layer.unpermute_by_local_expert(layer.experts(permuted, aligned), indices, count)
     assert torch.equal(ours, stock)

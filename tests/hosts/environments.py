@@ -72,6 +72,7 @@ ENVIRONMENTS = {
             )
             for release in ("1.7", "1.9")
         ),
+        Environment("deepspeed-0.19.4", ".venv-deepspeed-0.19.4", "deepspeed-0.19.4.txt", None, "torch", ".venv"),
         Environment("vllm-0.28", ".venv-vllm-0.28", "vllm-0.28.txt", None, "vllm", ".venv"),
     )
 }
@@ -100,7 +101,8 @@ def make(environment: Environment, root: Path) -> bool:
         shutil.rmtree(folder, ignore_errors=True)
         wheels, *sources = environment.pins(root)
         if environment.over:
-            _step(environment, "installing", [python, *_PIP, "--target", str(folder), "-r", str(wheels)], root, log)
+            command = [python, *_PIP, "--no-build-isolation", "--target", str(folder), "-r", str(wheels)]
+            _step(environment, "installing", command, root, log, {"DS_BUILD_OPS": "0"})
         else:
             _step(environment, "creating", [sys.executable, "-m", "venv", str(folder)], root, log)
             _step(environment, "installing", [python, *_PIP, "-r", str(wheels)], root, log)

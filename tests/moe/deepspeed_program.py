@@ -1,17 +1,17 @@
-"""One rank of a tiny AutoEP model over gloo: stock, speculated without and with a plan, and undone.
+"""One rank of tiny AutoEP models over gloo: stock, speculated without and with a plan, and undone.
 
-    python deepspeed_program.py FAMILY DTYPE WAY RANK RANKS STORE
+    python deepspeed_program.py FAMILIES DTYPES WAY RANK RANKS STORE
 
-WAY is "bare" (the layers replaced by hand) or "engine" (deepspeed.initialize). The exit status is 0 if all agree;
-prints rows sent.
+FAMILIES and as many DTYPES are separated by commas. WAY is "bare" (the layers replaced by hand) or "engine"
+(deepspeed.initialize, with checkpoints beside STORE). The exit status is 0 if all agree; prints rows sent.
 """
 
 import contextlib
 import copy
 import datetime
 import os
-import re
 import sys
+from pathlib import Path
 
 import deepspeed
 import numpy as np
@@ -53,7 +53,8 @@ def expert_parallel(model, family, way, ranks):
         engine = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())[0]
         engine.eval()
         return engine
-    groups._create_expert_and_data_parallel(ranks)
+    if f"ep_size_{ranks}" not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ranks)
     autoep = AutoEP(model, parse_autoep_config(settings))
     autoep.replace_moe_layers(autoep.ep_parser(), ep_size=ranks, ep_rank=dist.get_rank())
     for _, _, layer in host.layers(model):
@@ -81,6 +82,16 @@ def answers(model, module, ids):
 
 
 @torch.no_grad()
+def by_layer(module):
+    """A layer's answer to no token on rank 1, to none at all, and to tokens that are all alike: to few ranks."""
+    layer, rank = host.layers(module)[-1].layer, dist.get_rank()
+    width = layer.router.gate.weight.shape[1]
+    row = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(9)).to(layer.router.gate.weight.dtype)
+    answers = [layer(row.expand(2, count, width).contiguous()) for count in (3 * (rank != 1), 0, 4)]
+    return [answer[0] if isinstance(answer, tuple) else answer for answer in answers]
+
+
+@torch.no_grad()
 def said_to(requests, ranks_of, module):
     """What each request is answered, whichever rank answers it."""
     here = (ranks_of == dist.get_rank()).nonzero()[0]
@@ -103,8 +114,15 @@ def assert_same_weights(module, before):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def main(family, dtype, way, rank, ranks, store):
+def main(families, dtypes, way, rank, ranks, store):
     joined(rank, ranks, store)
+    for family, dtype in zip(families.split(","), dtypes.split(","), strict=True):
+        run(family, getattr(torch, dtype), way, rank, ranks, store)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(family, dtype, way, rank, ranks, store):
     bare = tiny(family).to(dtype)
     plan = planned(bare, ranks)
     model = expert_parallel(bare, family, way, ranks)
@@ -113,7 +131,7 @@ def main(family, dtype, way, rank, ranks, store):
     ids = torch.randint(0, 128, (2, 9 + 3 * rank), generator=torch.Generator().manual_seed(rank))  # unequal
     with counted(module) as rows:
         stock, said = answers(model, module, ids)
-    sent = {}
+    stock_by_layer, sent = by_layer(module), {}
     for exact in (True, False):
         for applied in (None, plan):
             speculate(model, applied, exact=exact)
@@ -137,11 +155,10 @@ def main(family, dtype, way, rank, ranks, store):
                 assert difference <= 1e-4 * stock.abs().max(), difference
             with pytest.raises(ValueError, match="speculated already"):
                 speculate(model, applied)
+            if exact:
+                assert all(torch.equal(*both) for both in zip(by_layer(module), stock_by_layer, strict=True))
             if applied is not None:
-                with pytest.raises(RuntimeError, match=re.escape("unspeculate(model) before saving or loading")):
-                    module.state_dict()
-                with pytest.raises(RuntimeError, match=re.escape("unspeculate(model) before saving or loading")):
-                    module.load_state_dict(before, strict=False)
+                assert_saved_and_loaded_as_stock(model, module, before, stock, ids, f"{store}-{exact}")
                 with pytest.raises(RuntimeError, match="no_grad"):
                     module(ids)
             unspeculate(model)
@@ -150,9 +167,30 @@ def main(family, dtype, way, rank, ranks, store):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, stock)
     refused(model, module, plan, before)
-    print("rows", sent[False], sent[True], sum(rows), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    print("rows", family, sent[False], sent[True], sum(rows), flush=True)
+
+
+@torch.no_grad()
+def assert_saved_and_loaded_as_stock(model, module, before, stock, ids, folder):
+    """While experts lie by a plan: what is saved is stock's, and what is loaded is where it belongs."""
+    assert any(not torch.equal(p.cpu(), before[n]) for n, p in module.named_parameters()), "the plan moved nothing"
+    assert_same_weights(module, before)
+    changed = {name: value + 1 if ".experts." in name else value for name, value in before.items()}
+    module.load_state_dict(changed, strict=False)
+    assert_same_weights(module, changed)
+    assert not torch.equal(module(ids).logits, stock)
+    module.load_state_dict(before, strict=False)
+    assert torch.equal(model(ids).logits, stock) or not host.layers(module)[0].layer.forerun_state.exact
+    if module is model:
+        return
+    model.save_checkpoint(folder, tag="planned")
+    saved = torch.load(Path(folder) / "planned" / f"layer_0_expert_{dist.get_rank() * 4}_mp_rank_00_model_states.pt")
+    assert len(saved) == 3
+    assert all(torch.equal(value, before[name.rpartition(".")[0]][0]) for name, value in saved.items())
+    module.load_state_dict(changed, strict=False)
+    model.load_checkpoint(folder, tag="planned")
+    assert_same_weights(module, before)
+    assert torch.equal(model(ids).logits, stock) or not host.layers(module)[0].layer.forerun_state.exact
 
 
 def refused(model, module, plan, before):
@@ -185,4 +223,4 @@ def counted(module):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
+    main(*sys.argv[1:4], *map(int, sys.argv[4:6]), sys.argv[6])

@@ -16,10 +16,11 @@ from deepspeed_program import joined as join
 from moe_traffic import Traffic
 from tiny_models import tiny
 
-from forerun.moe.deepspeed import speculate, unspeculate
+from forerun.moe.deepspeed import apply, register, speculate, unregister, unspeculate
+from forerun_adapters import deepspeed as host
 
 
-def folded(model, tensor_parallel, ranks):
+def folded(model, tensor_parallel, ranks, **sections):
     """The model with AutoTP's attention and AutoEP's layers in it."""
     specs = [
         {"patterns": [r".*\.o_proj\.weight$"], "partition_type": "row"},
@@ -33,6 +34,7 @@ def folded(model, tensor_parallel, ranks):
             "partition_config": {"use_default_specs": False, "layer_specs": specs},
         },
         "expert_parallel": {"enabled": True, "autoep_size": ranks, "use_grouped_mm": False},
+        **sections,
     }
     engine = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())[0]
     engine.eval()
@@ -70,14 +72,28 @@ def main(family, tensor_parallel, rank, ranks, store):
         assert torch.equal(tokens, said), name
         with pytest.raises(ValueError, match="speculated already"):
             speculate(engine)
+        assert_same_weights(module, before)  # as a checkpoint has them
         with torch.no_grad():  # embeddings from outside: no token ids
             unknown = module(inputs_embeds=module.get_input_embeddings()(ids) * 1).logits
         assert (unknown - stock).abs().max() <= 1e-4 * stock.abs().max()
+        for other in (None, plan):
+            apply(engine, other)
+            with torch.no_grad():
+                assert (engine(ids).logits - stock).abs().max() <= 1e-4 * stock.abs().max()
         unspeculate(engine)
         assert_same_weights(module, before)
         assert [type(part) for part in module.modules()] == kinds
+    for settings in ({"trial": 1}, {"count": True}):
+        with pytest.raises(ValueError, match="a part of the tokens"):
+            speculate(engine, **settings)
     with torch.no_grad():
         assert torch.equal(engine(ids).logits, stock)
+    register()
+    configured = folded(tiny(family), tensor_parallel, ranks, speculative_moe={"enabled": True})
+    unregister()
+    assert all(layer.forerun_state.trial is None for _, _, layer in host.layers(configured.module))
+    with torch.no_grad():
+        assert (configured(ids).logits - stock).abs().max() <= 1e-4 * stock.abs().max()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -11,7 +11,8 @@ _ROOT = Path(__file__).parents[2]
 def ran(program, ranks, arguments, seconds=280):
     """Runs `program ARGUMENTS`, "{rank}" filled in, once a rank; exit statuses and what each printed."""
     folders = (_ROOT / "plugins", _ROOT / "adapters", _ROOT / "examples", Path(__file__).parent)
-    fresh = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]  # where another release lies over
+    fresh = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name(program)), *(a.format(rank=rank) for a in arguments)],

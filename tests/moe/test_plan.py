@@ -214,7 +214,7 @@ def fuzz(load, content, path, rounds, seed):
 def test_spoilt_files_are_refused(kind, plan, profile, tmp_path):
     source, load = {"plan": (plan, Plan.load), "profile": (profile, Profile.load)}[kind]
     source.save(tmp_path / "file")
-    fuzz(load, (tmp_path / "file").read_bytes(), tmp_path / "file", 300, seed=0)
+    fuzz(load, (tmp_path / "file").read_bytes(), tmp_path / "file", 1000, seed=0)
 
 
 @pytest.mark.soak

@@ -134,3 +134,21 @@ def test_models_that_cannot_be_are_refused(fields, message):
 def test_counts_of_other_layers_are_refused():
     with pytest.raises(ValueError, match=re.escape("layers [0, 4] are counted")):
         Profile.from_counts(Identity("m", (0, 3), 8, 2), [0, 4], [1, 1], [0, 0], [1, 1])
+
+
+def test_a_recorder_with_an_end_forgets_the_rarest():
+    """What is left is counted as it was, and paths are of tokens that are left."""
+    identity = Identity("m", (0, 1), 8, 2)
+    random = np.random.default_rng(0)
+    tokens = np.minimum(random.geometric(0.02, 4000), 500)
+    experts = np.stack([np.stack([tokens % 8, (tokens + 1 + place) % 8], 1) for place in range(2)])
+    whole, bounded = Recorder(identity), Recorder(identity, triples=200)
+    for recorder in (whole, bounded):
+        recorder.add(tokens, experts)
+    full, kept = whole.profile(), bounded.profile()
+    assert len(full.keys) > 200 >= len(kept.keys) == 100
+    where = np.searchsorted(full.keys, kept.keys)
+    assert np.array_equal(full.keys[where], kept.keys)
+    assert np.array_equal(full.counts[where], kept.counts)
+    assert kept.counts.min() >= np.delete(full.counts, where).max()
+    assert 0 < len(kept.paths.token) < 4000

@@ -20,8 +20,9 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
     planning.py   all of it, for every layer; plan.py the file; check.py whether a file's arrays fit; report.py what it
                   promises
     transformers.py   profiles of transformers models
-    deepspeed.py  `speculate`, `unspeculate`: DeepSpeed's AutoEP layers, in place; deepspeed_shuffle.py tokens shuffled
-                  around tensor-parallel attention
+    move.py       experts from rank to rank in bounded memory; agreement.py all ranks go on, or none does
+    deepspeed.py  `speculate`, `unspeculate`, `apply`: DeepSpeed's AutoEP and classic layers, in place; its docstring
+                  lists the files beside it
     commands.py, demo.py   `forerun moe profile | plan | show`, `forerun demo`
 
 Axes: L MoE layers, E experts, k experts of a token, R ranks, N token ids, n tokens of a batch, P paths.

@@ -1,178 +1,258 @@
-"""Speculative MoE on DeepSpeed's AutoEP layers, in place: `speculate(model, plan)`, `unspeculate(model)`.
+"""Speculative MoE on DeepSpeed's expert-parallel layers, in place: `speculate(model, plan)`, `unspeculate(model)`.
 
-Replaces `AutoEPMoELayer._forward` in inference: a token's hidden state goes to each rank once, not once per expert, and
-with a plan the experts lie where it says. Stock's router, experts and sum stay, so with `exact=True` the result is
-stock's bit for bit: every expert sees the same rows in the same order.
+Replaces the forward pass of AutoEP's layers and of classic `deepspeed.moe` ones in inference: a token's hidden state
+goes to each rank once, not once per expert, and with a plan the experts lie where it says. Router, experts and sum stay
+stock's, so with `exact=True` the result is stock's bit for bit: every expert sees the same rows in the same order.
+
+    deepspeed_autoep.py, deepspeed_classic.py   the two kinds of layers
+    deepspeed_state.py       what a layer carries, and where its experts lie
+    deepspeed_checkpoint.py  checkpoints in stock's layout, whatever the plan
+    deepspeed_counts.py      a profile that goes on while the model serves
+    deepspeed_shuffle.py     tokens shuffled around tensor-parallel attention
+    deepspeed_trial.py       back to stock's way where that is sooner
+    deepspeed_config.py      all of it by a section of DeepSpeed's configuration
+
+`register()`, or `python -m forerun.moe.deepspeed script.py …` with the script unchanged, makes `deepspeed.initialize`
+and `init_inference` read that section.
 
 Not supported: training (without a plan, the stock forward pass runs under gradients; with one, that is an error),
-ZeRO stage 3, DeepEP. While a plan is applied
-the experts do not lie as a checkpoint expects: saving and loading are refused until `unspeculate`.
+ZeRO stage 3, DeepEP, Tutel, tensor parallelism of classic layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+import hashlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
-from forerun.moe.deepspeed_shuffle import obstacle, shuffle_tokens, unshuffle_tokens
-from forerun.moe.exchange import dispatch, return_pairs
+from forerun.moe.agreement import agree
+from forerun.moe.deepspeed_autoep import SpeculativeAutoEP
+from forerun.moe.deepspeed_checkpoint import keep_stock_layout, leave_layout
+from forerun.moe.deepspeed_classic import SpeculativeClassic
+from forerun.moe.deepspeed_counts import Counter
+from forerun.moe.deepspeed_shuffle import folded, obstacle, shuffle_tokens, unshuffle_tokens
+from forerun.moe.deepspeed_state import State, lay, refuse_torn, speculated
+from forerun.moe.deepspeed_trial import Trial
 from forerun.moe.identity import Identity
-from forerun.moe.overlap import Pace, summed
 from forerun.moe.plan import Plan
+from forerun.moe.profile import Profile
 from forerun_adapters import deepspeed as host
 
-__all__ = ["sent_rows", "speculate", "unspeculate"]
+__all__ = ["apply", "counts", "identify", "register", "sent_rows", "speculate", "unregister", "unspeculate"]
 
 
-@dataclass
-class _State:
-    """What a layer carries while it is ours."""
+def speculate(
+    model: Any,
+    plan: Plan | None = None,
+    *,
+    exact: bool = True,
+    shuffle: bool = True,
+    count: bool = False,
+    trial: int = 0,
+) -> None:
+    """Makes a model's expert-parallel layers send each token to a rank once, its experts placed by a plan.
 
-    stock: type[nn.Module]
-    exact: bool
-    order: Tensor | None  # [E] the expert at each place; None: stock's
-    place: Tensor | None  # [E] the place of each expert
-    hooks: list[Any]
-    sent: int = 0  # rows that left this rank on the way there
-    pace: Pace = field(default_factory=Pace)
-    looked_at: bool = False  # whether `seen` is asked for
-    seen: Tensor | None = None  # [n] the rank of most of each token's experts, in the last batch
-
-
-class _Speculative(host.AutoEPLayer):  # type: ignore[misc]
-    """An AutoEP layer whose rows travel once per rank."""
-
-    forerun_state: _State
-
-    def _forward(self, hidden: Tensor) -> Any:
-        state = self.forerun_state
-        if torch.is_grad_enabled():
-            if state.order is not None:
-                raise RuntimeError("experts lie by a plan, for inference: use torch.no_grad(), or unspeculate(model)")
-            return super()._forward(hidden)
-        answer = host.routed(self, hidden)
-        expert = answer.expert.flatten()
-        place, order = (expert if state.place is None else state.place[expert]).sort(stable=True)
-        to = (order // self.top_k, place)
-        if state.looked_at:
-            state.seen = _dominant(expert if state.place is None else state.place[expert], self)
-        if state.exact:
-            arrived = dispatch(answer.tokens, *to, self.num_experts, self.ep_group)
-            output = host.computed(self, arrived.rows.index_select(0, arrived.row), arrived.pairs)
-            output = host.combined(self, return_pairs(arrived, output), answer, order, hidden.shape)
-            state.sent += arrived.leaving(dist.get_rank(self.ep_group))
-        else:
-            weight, compute = answer.weight.flatten()[order], partial(host.computed_together, self)
-            output, sent = summed(answer.tokens, *to, weight, self.num_experts, compute, self.ep_group, state.pace)
-            output, state.sent = output.reshape(hidden.shape), state.sent + sent
-        return host.finished(self, output, answer, hidden)
-
-
-@torch.no_grad()
-def speculate(model: Any, plan: Plan | None = None, *, exact: bool = True, shuffle: bool = True) -> None:
-    """Makes a model's AutoEP layers send each token to a rank once, its experts placed by a plan.
-
-    All ranks call it alike; it is undone by `unspeculate`. Where attention is tensor-parallel (DeepSpeed's
-    `tensor_parallel` beside `expert_parallel`), a token's experts are asked from one rank: see
-    `forerun.moe.deepspeed_shuffle`.
+    All ranks call it alike; it is undone by `unspeculate`.
 
     Args:
         model: The model, or DeepSpeed's engine around it.
         plan: Where experts lie; None: where they are.
         exact: A row per (token, expert) comes back and stock's own sum is taken: bit for bit stock's result. False: a
-            sum per rank comes back, fewer bytes, and local rows are computed while the rest travels where that is worth
-            it; see `forerun.moe.overlap.summed` for how far the result may be off.
+            sum per rank comes back, fewer bytes; see `forerun.moe.overlap.summed` for how far that may be off.
         shuffle: Where attention is tensor-parallel: a token goes to the rank that the plan expects its experts on;
-            False: tokens are split in their order.
+            False: tokens are split in their order. See `forerun.moe.deepspeed_shuffle`.
+        count: Goes on with a routing profile while the model runs: see `counts`.
+        trial: The first so many calls of each layer are run both ways, and if ours takes no less time, all ranks go
+            back to stock's and say so. 0: never. Not where attention is tensor-parallel, nor is `count`.
 
     Raises:
-        ValueError: The model has no AutoEP layer, one of settings that only stock serves, is speculated already, or the
-            plan is of another model or number of ranks. Nothing was changed.
+        ValueError: The model has no expert-parallel layer, one of settings that only stock serves, is speculated
+            already; the plan is of another model or number of ranks; or ranks were told different things. Nothing was
+            changed.
     """
     module = getattr(model, "module", model)
     found = host.layers(module)
     if not found:
-        raise ValueError(f"{type(module).__name__} has no AutoEP layer: deepspeed.initialize it with expert_parallel")
+        raise ValueError(
+            f"{type(module).__name__} has no expert-parallel layer: build it with deepspeed.moe.layer.MoE, or "
+            "deepspeed.initialize it with expert_parallel"
+        )
     for _, name, layer in found:
-        reason = host.obstacle(layer) or obstacle(module, name, layer)
-        if isinstance(layer, _Speculative):
-            raise ValueError(f"{name} is speculated already: unspeculate(model) first")
+        if hasattr(layer, "forerun_state"):
+            raise ValueError(f"{name} is speculated already: apply(model, plan) another plan, or unspeculate(model)")
+        reason = host.obstacle(layer) or obstacle(module, name, layer) or _partial(layer, count, trial)
         if reason is not None:
             raise ValueError(f"{name} cannot be speculated: {reason}")
-    first = found[0][2]
-    if plan is not None:
-        numbers = tuple(number for number, _, _ in found)
-        plan.refuse_other(Identity(host.name_of(module), numbers, first.num_experts, first.top_k), first.ep_size)
-    for index, (_, _, layer) in enumerate(found):
-        order = None if plan is None else torch.from_numpy(plan.order[index]).to(layer.router.gate.weight.device)
-        hooks = []
-        if order is not None:
-            _move(layer, torch.arange(len(order)), order.cpu())
-            hooks.append(layer.register_state_dict_pre_hook(_refuse_checkpoint))
-            hooks.append(layer.register_load_state_dict_pre_hook(_refuse_checkpoint))
-        layer.forerun_state = _State(type(layer), exact, order, None if order is None else order.argsort(), hooks)
-        layer.__class__ = _Speculative
-    if shuffle_tokens(module, [(name, layer) for _, name, layer in found], plan if shuffle else None):
-        for _, _, layer in found:
-            layer.forerun_state.looked_at = True
+    group = found[0].layer.ep_group
+    agree(_misfit(module, plan, counted=count), _told(plan, exact, shuffle, count, trial), group)
+    counter = Counter(identify(module), dist.get_rank()) if count else None
+    for index, (_, name, layer) in enumerate(found):
+        layer.forerun_state = State(name, type(layer), exact, index, shuffle=shuffle, counter=counter)
+        keep_stock_layout(layer)
+        layer.__class__ = SpeculativeAutoEP if isinstance(layer, host.AutoEPLayer) else SpeculativeClassic
+    if counter is not None:
+        found[0].layer.forerun_state.hooks += counter.hooks(module)
+    _place(module, plan)
+    _shuffle(module, plan)
+    _try(module, trial)
+
+
+def apply(model: Any, plan: Plan | None, *, layers_a_step: int | None = None, trial: int = 0) -> None:
+    """Moves a speculated model's experts to where another plan has them, while it goes on serving.
+
+    All ranks call it alike, between the same two forward passes. Results stay stock's at every point. What moves at
+    once are pieces of `forerun.moe.move.MOVE_BYTES` bytes on each rank, whatever the model's size.
+
+    Args:
+        model: The model, or the engine around it.
+        plan: Where experts shall lie; None: where stock has them.
+        layers_a_step: Moves so many layers' experts in each of the next forward passes; None: all now.
+        trial: As of `speculate`.
+
+    Raises:
+        ValueError: The model is not speculated, the plan is another model's, or ranks were told different things.
+            Nothing was changed.
+        RuntimeError: A rank was lost while experts moved.
+    """
+    module = getattr(model, "module", model)
+    layers = speculated(module)
+    if not layers:
+        raise ValueError(f"{type(module).__name__} is not speculated: speculate(model, plan) first")
+    if layers_a_step is not None and layers_a_step < 1:
+        raise ValueError(f"layers_a_step is {layers_a_step}; expected 1 or more, or None for all at once")
+    for layer in layers:
+        refuse_torn(layer)
+        reason = _partial(layer, False, trial)
+        if reason is not None:
+            raise ValueError(f"{layer.forerun_state.name} cannot be tried: {reason}")
+    agree(_misfit(module, plan), _told(plan, layers_a_step, trial), layers[0].ep_group)
+    _place(module, plan, layers_a_step)
+    _shuffle(module, plan)
+    _try(module, trial)
 
 
 @torch.no_grad()
 def unspeculate(model: Any) -> None:
-    """Leaves the model as it was: stock layers, experts where they were, bit for bit. All ranks call it."""
+    """Leaves the model as it was: stock layers, experts where they were, bit for bit. All ranks call it.
+
+    Raises:
+        RuntimeError: A rank was lost while experts moved, now or before.
+    """
     module = getattr(model, "module", model)
+    layers = speculated(module)
+    for layer in layers:
+        refuse_torn(layer)
     unshuffle_tokens(module)
-    for _, _, layer in host.layers(module):
-        state: _State | None = getattr(layer, "forerun_state", None)
-        if state is None:
-            continue
-        for hook in state.hooks:
-            hook.remove()
-        if state.order is not None:
-            _move(layer, state.order.cpu(), torch.arange(len(state.order)))
-        layer.__class__ = state.stock
+    for layer in layers:
+        lay(layer, None)
+    for layer in layers:
+        leave_layout(layer)
+        layer.__class__ = layer.forerun_state.stock
         del layer.forerun_state
 
 
 def sent_rows(model: Any) -> int:
-    """Rows that left this rank on their way to experts since `speculate`."""
-    found = host.layers(getattr(model, "module", model))
-    return sum(layer.forerun_state.sent for _, _, layer in found if isinstance(layer, _Speculative))
+    """Rows that this rank sent on their way to experts since `speculate`."""
+    return sum(layer.forerun_state.sent for layer in speculated(getattr(model, "module", model)))
 
 
-def _dominant(place: Tensor, layer: Any) -> Tensor:
-    """`[n]` the rank of most of each token's experts, pairs token by token; the first of equals."""
-    rank = (place // layer.num_local_experts).view(-1, layer.top_k)
-    return nn.functional.one_hot(rank, layer.ep_size).sum(1).argmax(1)
+def counts(model: Any) -> Profile:
+    """What this rank's tokens took since `speculate(model, count=True)`, to be saved or merged with other ranks'.
+
+    Raises:
+        ValueError: The model does not count.
+    """
+    module = getattr(model, "module", model)
+    counter: Counter | None = next((layer.forerun_state.counter for layer in speculated(module)), None)
+    if counter is None:
+        raise ValueError(f"{type(module).__name__} does not count: speculate(model, plan, count=True)")
+    return counter.profile()
 
 
-def _move(layer: Any, before: Tensor, after: Tensor) -> None:
-    """Moves experts between ranks, a parameter at a time; `before`, `after` `[E]`: the expert at each place."""
-    rank, each = dist.get_rank(layer.ep_group), layer.num_local_experts
-    where = before.argsort()  # the place of each expert
-    mine = slice(rank * each, (rank + 1) * each)
-    held, wanted = before[mine].tolist(), after[mine]
-    source = where[wanted] // each
-    # Each pair of ranks exchanges experts in the order of their numbers.
-    asked = [
-        [e for e in sorted(after[to * each : (to + 1) * each].tolist()) if e in held] for to in range(layer.ep_size)
-    ]
-    arriving = [e for sender in range(layer.ep_size) for e in sorted(wanted[source == sender].tolist())]
-    got = [int((source == sender).sum()) for sender in range(layer.ep_size)]
-    leaving = [held.index(e) for part in asked for e in part]
-    ordered = [arriving.index(e) for e in wanted.tolist()]
-    for parameter in layer.experts.parameters():
-        sent, received = parameter.data[leaving].contiguous(), torch.empty_like(parameter.data)
-        dist.all_to_all_single(received, sent, got, [len(part) for part in asked], group=layer.ep_group)
-        parameter.data.copy_(received[ordered])
+def identify(model: Any) -> Identity:
+    """Which model this is, as profiles and plans name it.
+
+    Raises:
+        ValueError: Its layers differ in experts or top k.
+    """
+    module = getattr(model, "module", model)
+    found = host.layers(module)
+    shapes = {(host.experts_of(entry.layer), host.top_k_of(entry.layer)) for entry in found}
+    if len(shapes) != 1:
+        raise ValueError(f"{type(module).__name__} has layers of different (experts, top k): {sorted(shapes)}")
+    return Identity(host.name_of(module), tuple(entry.number for entry in found), *shapes.pop())
 
 
-def _refuse_checkpoint(*_: Any) -> None:
-    raise RuntimeError(
-        "experts lie by a plan, not as checkpoints have them: unspeculate(model) before saving or loading"
+def register() -> None:
+    """Makes `deepspeed.initialize` and `init_inference` read the section: see `forerun.moe.deepspeed_config`."""
+    from forerun.moe.deepspeed_config import register
+
+    register()
+
+
+def unregister() -> None:
+    """Takes `register` back."""
+    from forerun.moe.deepspeed_config import unregister
+
+    unregister()
+
+
+def _misfit(module: Any, plan: Plan | None, *, counted: bool = False) -> str | None:
+    """Why this rank cannot take the plan."""
+    if plan is None and not counted:
+        return None
+    try:
+        identity = identify(module)
+        if plan is not None:
+            plan.refuse_other(identity, host.layers(module)[0].layer.ep_size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _partial(layer: Any, count: bool, trial: int) -> str | None:
+    """Why a layer that sees but a part of the tokens is not asked for this."""
+    if not (count or trial) or not folded(layer):
+        return None
+    return (
+        "where attention is tensor-parallel a layer is given a part of the tokens: no trial (trial=0), and no count "
+        "(count=False; profile the model beforehand)"
     )
+
+
+def _told(plan: Plan | None, *options: Any) -> str:
+    placement = "none" if plan is None else hashlib.sha256(plan.rank.tobytes()).hexdigest()
+    return f"{placement} {options}"
+
+
+def _place(module: Any, plan: Plan | None, layers_a_step: int | None = None) -> None:
+    for index, layer in enumerate(speculated(module)):
+        state: State = layer.forerun_state
+        order = None if plan is None else torch.from_numpy(plan.order[index])
+        state.due = None if layers_a_step is None else (index // layers_a_step, order)
+        if layers_a_step is None:
+            lay(layer, order)
+
+
+def _shuffle(module: Any, plan: Plan | None) -> None:
+    unshuffle_tokens(module)
+    layers = speculated(module)
+    found = [(layer.forerun_state.name, layer) for layer in layers]
+    looked_at = shuffle_tokens(module, found, plan if layers[0].forerun_state.shuffle else None)
+    for layer in layers:
+        layer.forerun_state.looked_at = looked_at
+
+
+def _try(module: Any, calls: int) -> None:
+    layers = speculated(module)
+    trial = Trial(layers, calls, lambda: unspeculate(module)) if calls else None
+    for layer in layers:
+        layer.forerun_state.trial = trial
+
+
+if __name__ == "__main__":
+    from forerun.moe.deepspeed_config import main
+
+    main()

@@ -25,7 +25,7 @@ from forerun.moe.plan import Plan
 from forerun.moe.scatter import chunk, gather, scatter_sum
 from forerun_adapters import deepspeed_folded as host
 
-__all__ = ["obstacle", "shuffle_tokens", "unshuffle_tokens"]
+__all__ = ["folded", "obstacle", "shuffle_tokens", "unshuffle_tokens"]
 
 
 @dataclass
@@ -67,9 +67,14 @@ class _Shuffled:
         return told[:, :-1].reshape(hidden_states.shape)
 
 
+def folded(layer: Any) -> bool:
+    """Whether a layer's ranks are shared with tensor-parallel attention."""
+    return host.folding(layer) is not None
+
+
 def obstacle(module: nn.Module, name: str, layer: Any) -> str | None:
-    """Why tokens of a folded AutoEP layer cannot be shuffled; None: they can, or it is not folded."""
-    if host.folding(layer) is None:
+    """Why tokens of a folded layer cannot be shuffled; None: they can, or it is not folded."""
+    if not folded(layer):
         return None
     try:
         host.decoder(module, name)
@@ -79,11 +84,11 @@ def obstacle(module: nn.Module, name: str, layer: Any) -> str | None:
 
 
 def shuffle_tokens(module: nn.Module, found: Sequence[tuple[str, Any]], plan: Plan | None) -> bool:
-    """Shuffles tokens around those AutoEP layers (name and module, in order) that are folded.
+    """Shuffles tokens around those expert-parallel layers (name and module, in order) that are folded.
 
     Args:
         module: The model.
-        found: Its AutoEP layers; none has an `obstacle`.
+        found: The layers; none has an `obstacle`.
         plan: Where tokens are expected; None: they are split in their order.
 
     Returns:

@@ -149,10 +149,12 @@ class Recorder:
         identity: The model.
         paths: Most paths that are kept.
         seed: Of the sample; recorders whose profiles are merged take different ones.
+        triples: Most (layer, token, expert) that are counted: where there are more, the rarest are forgotten, with the
+            paths of tokens of which nothing is left; None: no end.
     """
 
-    def __init__(self, identity: Identity, *, paths: int = 1 << 15, seed: int = 0) -> None:
-        self.identity = identity
+    def __init__(self, identity: Identity, *, paths: int = 1 << 15, seed: int = 0, triples: int | None = None) -> None:
+        self.identity, self._triples = identity, triples
         self._most, self._random = paths, np.random.default_rng(seed)
         self._keys, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._paths = _no_paths(identity)
@@ -177,11 +179,11 @@ class Recorder:
             )
         place = np.arange(layers)[:, None, None]
         self._waiting.append(_packed(self.identity, place, token[None, :, None], chosen).ravel())
-        if sum(map(len, self._waiting)) > max(1 << 20, len(self._keys)):
-            self._count()
         keys = self._random.integers(0, 1 << 63, token.size, np.uint64)
         batch = Paths(keys, token.astype(np.int64), chosen.transpose(1, 0, 2).astype(np.int16))
         self._paths = _sampled([self._paths, batch], self._most)
+        if sum(map(len, self._waiting)) > max(1 << 20, len(self._keys)):
+            self._count()
 
     def profile(self) -> Profile:
         """What was counted up to now."""
@@ -193,6 +195,16 @@ class Recorder:
         keys, counts = np.concatenate([self._keys, new]), np.concatenate([self._counts, np.ones_like(new)])
         self._keys, self._counts = _summed(keys, counts)
         self._waiting = []
+        if self._triples is not None and len(self._keys) > self._triples:
+            self._forget()
+
+    def _forget(self) -> None:
+        # Half of the room is left free, so that this is seldom done.
+        kept = np.sort(np.argsort(-self._counts, kind="stable")[: max(1, self._triples or 0) // 2])
+        self._keys, self._counts = self._keys[kept], self._counts[kept]
+        layer, token, _ = _unpacked(self._keys)
+        known = [np.isin(self._paths.token, token[layer == place]) for place in range(len(self.identity.layers))]
+        self._paths = Paths(*(part[np.logical_and.reduce(known)] for part in self._paths))
 
 
 def merge(*profiles: Profile, paths: int = 1 << 15) -> Profile:

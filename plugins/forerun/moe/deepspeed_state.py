@@ -1,0 +1,145 @@
+"""What a DeepSpeed layer carries while it is speculated, and where its experts lie.
+
+Everything here happens alike on all ranks of the layer's group: an expert-parallel layer's calls are in step anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from forerun.moe.move import MOVE_BYTES, move
+from forerun.moe.overlap import Pace
+from forerun_adapters import deepspeed as host
+
+if TYPE_CHECKING:
+    from forerun.moe.deepspeed_counts import Counter
+    from forerun.moe.deepspeed_trial import Trial
+
+__all__ = ["State", "answered", "lay", "lie_as_stock", "refuse_torn", "speculated", "stock_places"]
+
+
+@dataclass
+class State:
+    """What a layer carries while it is ours."""
+
+    name: str
+    stock: type[nn.Module]
+    exact: bool
+    index: int  # its place among the model's layers
+    order: Tensor | None = None  # [E] the expert at each place; None: stock's
+    place: Tensor | None = None  # [E] the place of each expert
+    due: tuple[int, Tensor | None] | None = None  # after so many calls, this order
+    torn: bool = False  # experts were being moved when a rank failed
+    shuffle: bool = True  # whether tokens go where a plan expects their experts, if attention is tensor-parallel
+    counter: Counter | None = None
+    trial: Trial | None = None
+    hooks: list[Any] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)
+    looked_at: bool = False  # whether `seen` is asked for
+    seen: Tensor | None = None  # [n] the rank of most of each token's experts, in the last batch
+    sent: int = 0  # rows that left this rank on the way there
+    rows: tuple[int, int] = (0, 0)  # that the last call under trial sends our way, and stock's
+
+
+def speculated(module: nn.Module) -> list[Any]:
+    """The layers that are ours, in order."""
+    return [entry.layer for entry in host.layers(module) if hasattr(entry.layer, "forerun_state")]
+
+
+def answered(
+    layer: Any, ours: Callable[[], Any], elsewhere: Callable[[], Any], stock: Callable[[], Any], batch: int = 0
+) -> Any:
+    """A layer's forward pass.
+
+    Args:
+        layer: Which.
+        ours: The pass that is sooner.
+        elsewhere: Stock's where experts lie by the plan, leaving no trace: only a trial asks for it.
+        stock: Stock's.
+        batch: What has to be the same on all ranks for stock to take the batch; negative: it does not take it.
+
+    Raises:
+        RuntimeError: Gradients are asked for while experts lie by a plan, or a rank was lost while they moved.
+    """
+    state: State = layer.forerun_state
+    refuse_torn(layer)
+    if torch.is_grad_enabled():
+        if state.order is not None or state.due is not None:
+            raise RuntimeError("experts lie by a plan, for inference: use torch.no_grad(), or unspeculate(model)")
+        return stock()
+    if state.due is not None:
+        calls, order = state.due
+        state.due = (calls - 1, order) if calls else None
+        if not calls:
+            lay(layer, order)
+    return ours() if state.trial is None else state.trial.both(layer, ours, elsewhere, batch)
+
+
+@torch.no_grad()
+def lay(layer: Any, order: Tensor | None, most: int = MOVE_BYTES) -> int:
+    """Moves a layer's experts into an order; all ranks of its group call it alike.
+
+    Args:
+        layer: Which.
+        order: `[E]` the expert at each place; None: stock's.
+        most: As of `move`.
+
+    Returns:
+        Bytes that left this rank.
+
+    Raises:
+        RuntimeError: A rank is lost: the layer is of no use from then on.
+    """
+    refuse_torn(layer)
+    state: State = layer.forerun_state
+    state.torn = True
+    left = move(host.weights(layer), _order(layer, state.order), _order(layer, order), layer.ep_group, most)
+    state.torn = False
+    device = host.weights(layer)[0][0].device
+    state.order = None if order is None else order.to(device)
+    state.place = None if state.order is None else state.order.argsort()
+    return left
+
+
+@contextmanager
+def lie_as_stock(module: nn.Module) -> Iterator[None]:
+    """Within, the experts of a model's layers lie where stock has them; afterwards where they lay."""
+    moved = [(layer, layer.forerun_state.order) for layer in speculated(module)]
+    moved = [(layer, order) for layer, order in moved if order is not None]
+    for layer, _ in moved:
+        lay(layer, None)
+    try:
+        yield
+    finally:
+        for layer, order in moved:
+            lay(layer, order)
+
+
+@torch.no_grad()
+def stock_places(layer: Any, tensors: dict[str, Tensor]) -> None:
+    """Moves copies of the experts' tensors, named as in `layer.experts`, to where stock has them."""
+    refuse_torn(layer)
+    move(host.slots(layer, tensors), _order(layer, layer.forerun_state.order), _order(layer, None), layer.ep_group)
+
+
+def refuse_torn(layer: Any) -> None:
+    """Raises where experts were being moved when a rank failed.
+
+    Raises:
+        RuntimeError: It was so.
+    """
+    if layer.forerun_state.torn:
+        raise RuntimeError(
+            f"{layer.forerun_state.name}: a rank failed while experts were moved, and they lie in part here, in part "
+            "there: build the model again and load its weights"
+        )
+
+
+def _order(layer: Any, order: Tensor | None) -> Tensor:
+    return torch.arange(host.experts_of(layer)) if order is None else order.cpu()
