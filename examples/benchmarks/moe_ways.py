@@ -38,16 +38,16 @@ class Plans:
 
 
 class Routing:
-    """Within, what AutoEP's routers choose: `experts`, `[n, k]` a layer."""
+    """Within, what AutoEP's routers choose: `experts`, `[n, k]` a layer; classic layers have none and say nothing."""
 
     def __init__(self, model: nn.Module) -> None:
         self.experts: list[NDArray[np.int64]] = []
-        self._layers = [layer for _, _, layer in host.layers(model)]
+        self._routers = [layer.router for _, _, layer in host.layers(model) if hasattr(layer, "router")]
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Routing:
         keep = lambda _module, _inputs, output: self.experts.append(output[1].numpy().copy())  # noqa: E731
-        self._hooks = [layer.router.register_forward_hook(keep) for layer in self._layers]
+        self._hooks = [router.register_forward_hook(keep) for router in self._routers]
         return self
 
     def __exit__(self, *_: object) -> None:

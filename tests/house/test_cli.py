@@ -93,13 +93,15 @@ def test_demo_needs_a_checkout(run, tmp_path, monkeypatch):
 
 
 def test_demo_writes_the_page_and_says_where(run, tmp_path, monkeypatch):
-    for scheme, text in (("picard", "shown"), ("runahead", "shared"), ("dlrm", "planned")):
+    texts = {"picard": "shown", "runahead": "shared", "dlrm": "planned", "moe": "spread"}
+    assert list(texts) == list(demo.SCHEMES)
+    for scheme, text in texts.items():
         monkeypatch.setattr(f"forerun.{scheme}.demo.run", lambda progress, of=(scheme, text): Section(*of))
     result = run("demo", "--out", tmp_path / "report")
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "report" / "index.html") in result.stdout.replace("\n", "")
     page = (tmp_path / "report" / "index.html").read_text()
-    assert page.index("shown") < page.index("shared") < page.index("planned")
+    assert page.index("shown") < page.index("shared") < page.index("planned") < page.index("spread")
 
 
 def test_a_demos_script_that_fails_says_what_it_printed(run, tmp_path, monkeypatch):
