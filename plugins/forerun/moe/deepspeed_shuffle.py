@@ -50,7 +50,7 @@ class _Shuffled:
     def forward(self, hidden_states: Tensor, **named: Any) -> Any:
         state = self.forerun_shuffle
         if torch.is_grad_enabled():
-            return super().forward(hidden_states, **named)  # type: ignore[misc]
+            return state.stock.forward(self, hidden_states, **named)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         there = state.foresight.shuffle(state.layer, len(tokens))
         part = host.attended(self, hidden_states, **named).reshape(tokens.shape)
@@ -123,11 +123,11 @@ def unshuffle_tokens(module: nn.Module) -> None:
         del decoder.forerun_shuffle
 
 
-def _listening(module: nn.Module, foresight: Foresight) -> list[Any]:
+def _listening(module: Any, foresight: Foresight) -> list[Any]:
     """Hooks by which it learns a batch's token ids. For embeddings from outside it knows none and foresees nothing."""
 
     def begin(_: Any, inputs: Any) -> None:
         foresight.begin(inputs[0] if inputs else None)
 
     forget = module.register_forward_pre_hook(lambda *_: foresight.begin(None), prepend=True)
-    return [forget, module.get_input_embeddings().register_forward_pre_hook(begin)]  # type: ignore[operator]
+    return [forget, module.get_input_embeddings().register_forward_pre_hook(begin)]
