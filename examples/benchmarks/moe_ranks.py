@@ -179,7 +179,8 @@ def main(file: str, rank: int) -> None:
     settings = json.loads(Path(file).read_text())
     joined(settings, rank)
     found = []
-    for name in settings["models"]:
+    # The folded model last: DeepSpeed keeps its tensor-parallel groups, by which a classic layer would gather after it.
+    for name in sorted(settings["models"], key=lambda name: name == "folded"):
         found += Serving(name, pinned(name, SHAPES[settings["shape"]]), settings).run()
     if rank == 0:
         Path(settings["out"]).write_text(json.dumps(found))
