@@ -184,3 +184,10 @@ def test_no_planned_case_is_worse_than_torchrecs() -> None:
     measured = json.loads((_RESULTS / "dlrm.json").read_text())["measured"]
     assert all(row["rating"] <= row["peer_rating"] * (1 + 1e-9) for row in measured if row["peer_rating"] is not None)
     assert all(row["bound"] <= row["rating"] * (1 + 1e-9) for row in measured if row["bound"] is not None)
+
+
+def test_plans_of_whole_tables_are_proven_near_the_best() -> None:
+    measured = json.loads((_RESULTS / "dlrm.json").read_text())["measured"]
+    whole = [row for row in measured if row["case"].startswith("mlperf") and "columns" not in row["case"]]
+    assert len(whole) >= 8
+    assert all(row["rating"] <= 1.01 * row["bound"] for row in whole)

@@ -7,6 +7,7 @@ every table how it is cut into shards and where each lies. Its rating is the lar
     spread.py, options.py, check.py   where an option's shards may go, what it takes as a whole, whether arrays fit
     best.py       the best plan that the time allows, and how far from the best possible it may be
     bound.py      a lower bound of every plan's rating
+    decompose.py  a tighter one where few ranks make a host: master.py mixes hosts' patterns, patterns.py finds them
     search.py     plans: packing.py the first for a rating, local_search.py and renew.py better ones,
                   placement.py what lies where meanwhile, budget.py how long it may go on
     merge.py      co-located tables as one

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from forerun.dlrm.bound import lower_bound
+from forerun.dlrm.decompose import pattern_bound
 from forerun.dlrm.exact import Solved, columns, solve
 from forerun.dlrm.infeasible import Infeasible
 from forerun.dlrm.problem import Plan, Problem, validate
@@ -55,7 +56,7 @@ def best_plan(
     exact_seconds: float = 60.0,
     candidates: Sequence[Plan] = (),
 ) -> Result:
-    """Search, then, for few tables, the integer programme, then, if that proves nothing, more search.
+    """Search, then, for few tables, the integer programme, the bound by hosts' patterns, and, unproven, more search.
 
     Args:
         problem: What is planned.
@@ -103,6 +104,9 @@ def best_plan(
         if solved.plan is not None and solved.plan is not start:
             start, source = solved.plan, "exact"
     proven = proven or (start is not None and start.rating <= bound * (1 + _CLOSE))
+    if start is not None and not proven and work is None and problem.tables <= _FEW:
+        bound = pattern_bound(problem, start.rating, bound, deadline=deadline)
+        proven = start.rating <= bound * (1 + _CLOSE)
     if start is not None and failure is None and not proven and work is None and problem.tables <= _FEW:
         # Not from the plan that is known: another start ends in another corner.
         found = search(problem, seed=seed, work=_MORE, deadline=deadline)

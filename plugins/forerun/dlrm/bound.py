@@ -26,7 +26,7 @@ from forerun.dlrm.merge import merge
 from forerun.dlrm.options import Options, first_per_table, summarise
 from forerun.dlrm.problem import Problem
 
-__all__ = ["Bound", "lower_bound", "priced_bound", "volume_bound"]
+__all__ = ["Bound", "lower_bound", "priced_bound", "volume_bound", "without_groups"]
 
 
 class Bound(NamedTuple):
@@ -43,7 +43,7 @@ def lower_bound(problem: Problem) -> float:
 
 def volume_bound(problem: Problem) -> float:
     """A rating (ms) that no plan goes below even if memory were endless (but that each shard must fit on its rank)."""
-    problem = _whole(problem)
+    problem = without_groups(problem)
     return _smallest(problem, summarise(problem), np.zeros(problem.capacity.shape[1]))
 
 
@@ -54,7 +54,7 @@ def priced_bound(problem: Problem, *, rounds: int = 8) -> Bound:
         problem: What is planned.
         rounds: At most so many times are the prices asked again at the rating that the last ones gave.
     """
-    problem = _whole(problem)
+    problem = without_groups(problem)
     options = summarise(problem)
     price = np.zeros(problem.capacity.shape[1])
     rating = _smallest(problem, options, price)
@@ -69,7 +69,8 @@ def priced_bound(problem: Problem, *, rounds: int = 8) -> Bound:
     return Bound(rating, price)
 
 
-def _whole(problem: Problem) -> Problem:
+def without_groups(problem: Problem) -> Problem:
+    """The problem with one table per group, or, where that is too large, as if no tables were together."""
     merged = merge(problem)
     return merged.problem if merged.complete else merged.loose
 
