@@ -20,7 +20,7 @@ from typing import Any
 from runahead_model import make, text
 from transformers import AutoTokenizer
 
-from forerun.runahead.engine_api import Engine, chain_parts
+from forerun.runahead.engine_client import EngineClient, chain_parts
 from forerun.runahead.engines import Engines
 from forerun.runahead.partition import search
 from forerun.runahead.picture import draw
@@ -32,12 +32,12 @@ ANSWER = 32  # tokens
 REPEATS = 3
 
 
-def answer(engines: Sequence[Engine], tokens: Sequence[int], contexts: Sequence[int]) -> tuple[str, float]:
+def answer(engines: Sequence[EngineClient], tokens: Sequence[int], contexts: Sequence[int]) -> tuple[str, float]:
     """A greedy answer by a chain (by one engine, if there is one context), and seconds to its first token."""
     parts = chain_parts(os.urandom(16), contexts, [engine.address for engine in engines])
     times = []
 
-    def ask(engine: Engine, part: dict[str, Any], is_last: bool) -> str:
+    def ask(engine: EngineClient, part: dict[str, Any], is_last: bool) -> str:
         body = {"model": engine.model, "prompt": list(tokens[: part["end"]]), "temperature": 0, "ignore_eos": True}
         body |= {"max_tokens": ANSWER if is_last else 1, "stream": is_last}
         if len(parts) > 1:
@@ -76,7 +76,7 @@ def main() -> None:
         print("starting two engines", flush=True)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB of keys and values, of each
         with Engines(str(model), 2, logs=Path(folder), arguments=[*most, "--no-enable-prefix-caching"]) as started:
-            engines = [Engine.connect(end.url, parse_address(end.address)) for end in started.endpoints]
+            engines = [EngineClient.connect(end.url, parse_address(end.address)) for end in started.endpoints]
             table, _ = tune(
                 "random weights", config, engines, LENGTHS, repeats=2, told=lambda line: print(line, flush=True)
             )

@@ -8,6 +8,7 @@ Parts, each of which replaces its own rows in `results/runahead.json`:
     ttft   one engine, tensor parallelism, and chains of two over shared memory (even, searched, interpolated,
            hand-picked), in turns on the same cores
     others one engine, pipeline parallelism with chunked prefill, and the searched chains over TCP, likewise
+    front  `forerun runahead serve` with two engines and with one, short prompts and long ones
     link   chains over a slow link between two network namespaces, beside tensor parallelism's all-reduces (needs root)
     more   three engines and more: rehearsed with injected sleeps, and by the recurrence
 
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from links import ADDRESS, limit, namespaces
 from measurement import comparison, provenance
+from runahead_front import measure_front
 from runahead_more import more
 from runahead_picture import draw
 from runahead_reduces import all_reduces
@@ -39,7 +41,7 @@ from runahead_model import KINDS, make
 
 RESULTS = Path(__file__).with_name("results") / "runahead.json"
 RATES = ("1gbit", "100mbit")
-PARTS = ("ttft", "others", "link", "more")
+PARTS = ("ttft", "others", "front", "link", "more")
 
 
 def main() -> None:
@@ -78,8 +80,10 @@ def _measured(
     if "ttft" in given.parts:
         yield "ttft", measure(settings)
     if "others" in given.parts:
-        rows = [row for row in parts["ttft"]["rows"] if row["way"] == "searched"]
+        rows = [row for row in parts["ttft"]["rows"] if row["way"] == "searched" and row["tokens"] in given.lengths]
         yield "others", measure_others(settings, {row["tokens"]: row["splits"]["searched"] for row in rows})
+    if "front" in given.parts:
+        yield "front", measure_front(settings, parts["ttft"]["table"])
     for rate in RATES if "link" in given.parts else ():
         yield f"link {rate}", _over(rate, settings, given.linked)
     if "more" in given.parts:
@@ -113,8 +117,9 @@ def _over(rate: str, settings: Settings, lengths: list[int]) -> dict[str, Any]:
         config = json.loads((settings.model / "config.json").read_text())
         for tokens in lengths:
             each = all_reduces(spaces, tokens * config["hidden_size"], 4) / 4
-            seconds = 2 * config["num_hidden_layers"] * each
-            found["rows"].append({"way": "all-reduces of TP=2", "tokens": tokens, "seconds": seconds})
+            count = 2 * config["num_hidden_layers"] + 1  # after attention, after the FFN, and of the embeddings
+            row = {"way": "all-reduces of TP=2", "tokens": tokens, "seconds": count * each, "each": each}
+            found["rows"].append(row)
     return found
 
 
@@ -125,20 +130,21 @@ def _comparisons(parts: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         times = {(row["way"], row["tokens"]): row["seconds"] for row in found["rows"]}
         for tokens in sorted({tokens for _, tokens in times}):
-            ours = times.get(("searched", tokens))
+            name = "two engines" if part == "front" else "searched"
+            ours = times.get((name, tokens))
             for way in ("one engine", "TP=2", "PP=2", "even", "interpolated"):
                 if ours and (way, tokens) in times:
                     bound = 1.65 if way == "one engine" and part == "ttft" and 4096 <= tokens <= 8192 else None
                     rows.append(
-                        comparison(f"{part}, {tokens} tokens, searched", "s", ours, times[way, tokens], way, bound)
+                        comparison(f"{part}, {tokens} tokens, {name}", "s", ours, times[way, tokens], way, bound)
                     )
             reduces = times.get(("all-reduces of TP=2", tokens))
             if ours and reduces:
                 # The best that tensor parallelism could do: half of one engine's work, and the same all-reduces.
                 least = times["one engine", tokens] / 2 + reduces
-                name = "half of one engine + TP=2's all-reduces"
+                peer = "half of one engine + TP=2's all-reduces"
                 bound = 1.4 if "1gbit" in part else None
-                rows.append(comparison(f"{part}, {tokens} tokens, searched", "s", ours, least, name, bound))
+                rows.append(comparison(f"{part}, {tokens} tokens, {name}", "s", ours, least, peer, bound))
     return rows
 
 

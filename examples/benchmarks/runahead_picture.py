@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 __all__ = ["draw"]
 
-_WAYS = ("one engine", "TP=2", "PP=2", "even", "searched", "interpolated")
+_WAYS = ("one engine", "TP=2", "PP=2", "even", "searched", "interpolated", "two engines")
 
 
 def draw(parts: dict[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from forerun.runahead.engine_api import Engine
+from forerun.runahead.engine_client import EngineClient
 
 __all__ = ["LOOPBACK", "Server"]
 
@@ -80,7 +80,7 @@ class Server:
                 command, stdout=file, stderr=file, env={**os.environ, **settings}, start_new_session=True
             )
 
-    def ready(self, seconds: float = 900) -> Engine:
+    def ready(self, seconds: float = 900) -> EngineClient:
         """The server's API once it answers.
 
         Raises:
@@ -92,7 +92,7 @@ class Server:
                 raise RuntimeError(f"{self.url} is not ready:\n{self._log.read_text()[-4000:]}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return Engine.connect(self.url, (self.host, self.listen))
+                    return EngineClient.connect(self.url, (self.host, self.listen))
             except (OSError, urllib.error.URLError):
                 time.sleep(0.5)
 

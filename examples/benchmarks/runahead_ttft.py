@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runahead_servers import Server
 from transformers import AutoTokenizer
 
 from forerun.runahead.calibrate import time_chain
-from forerun.runahead.engine_api import Engine
+from forerun.runahead.engine_client import EngineClient
 from forerun.runahead.partition import search
 from forerun.runahead.table import Table, make_table
 from forerun.runahead.tuning import tune
@@ -24,7 +24,7 @@ from forerun.runahead.tuning import tune
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from runahead_model import text
 
-__all__ = ["Settings", "measure", "measure_link", "measure_others"]
+__all__ = ["Prompts", "Settings", "Turns", "measure", "measure_link", "measure_others", "sized"]
 
 _CHUNK = 1024  # tokens of pipeline parallelism's chunked prefill
 _PICKED = (0.5, 0.55, 0.6, 0.65, 0.7)  # the first engine's share, as one might pick it by hand
@@ -48,7 +48,15 @@ class Settings:
     repeats: int
 
 
-class _Prompts:
+class Paused(Protocol):
+    """What is off the cores but in its turns."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
+class Prompts:
     """Prompts of real text, no two of which begin alike."""
 
     def __init__(self, model: Path) -> None:
@@ -61,13 +69,13 @@ class _Prompts:
         return self._tokens[start : start + length]
 
 
-class _Turns:
+class Turns:
     """Asks ways in turns, with only their own servers awake."""
 
     def __init__(self, repeats: int) -> None:
         self._repeats, self.rows = repeats, list[dict[str, Any]]()
 
-    def take(self, tokens: int, ways: dict[str, tuple[Sequence[Server], Callable[[], float]]], **more: Any) -> None:
+    def take(self, tokens: int, ways: dict[str, tuple[Sequence[Paused], Callable[[], float]]], **more: Any) -> None:
         """Adds a row for each way."""
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(self._repeats if tokens <= 8192 else 1):
@@ -87,9 +95,9 @@ class _Turns:
 def measure(settings: Settings) -> dict[str, Any]:
     """The part `ttft`: rows, and the table that the chains were split by."""
     longest = max(settings.lengths)
-    whole = _sized(longest, longest)
-    prompts = _Prompts(settings.model)
-    turns = _Turns(settings.repeats)
+    whole = sized(longest, longest)
+    prompts = Prompts(settings.model)
+    turns = Turns(settings.repeats)
     with ExitStack() as ends:
         round_ = _Round(settings, prompts, ends)
         single = round_.served("single", [0], whole)
@@ -130,24 +138,26 @@ def measure_others(settings: Settings, splits: dict[int, list[int]]) -> dict[str
         splits: Its searched splits, by prompt length.
     """
     longest = max(splits)
-    whole, chunked = _sized(longest, longest), _sized(longest, _CHUNK)
-    prompts, turns = _Prompts(settings.model), _Turns(settings.repeats)
+    whole, chunked = sized(longest, longest), sized(longest, _CHUNK)
+    prompts, turns = Prompts(settings.model), Turns(settings.repeats)
     with ExitStack() as ends:
         round_ = _Round(settings, prompts, ends)
         single = round_.served("single", [0], whole)
-        pipeline = round_.served("pipeline", [0, 1], [*chunked, "--pipeline-parallel-size", "2"], threads="0|1")
         chain = [round_.served(f"wired-{i}", [i], whole, chained=True, transport="tcp") for i in range(2)]
+        pipeline, failure = None, None
+        try:
+            pipeline = round_.served("pipeline", [0, 1], [*chunked, "--pipeline-parallel-size", "2"], threads="0|1")
+        except RuntimeError as error:  # as vLLM's CPU build does up to 0.32 at least
+            failure = str(error)
         for tokens, contexts in splits.items():
-            ways = {
-                "one engine": round_.alone(single, tokens),
-                "PP=2": round_.alone(pipeline, tokens),
-                "searched": round_.by(chain, contexts),
-            }
+            ways = {"one engine": round_.alone(single, tokens), "searched": round_.by(chain, contexts)}
+            if pipeline is not None:
+                ways["PP=2"] = round_.alone(pipeline, tokens)
             turns.take(tokens, ways)
-    return {"rows": turns.rows}
+    return {"rows": turns.rows, "PP=2 failed": failure}
 
 
-def _sized(longest: int, chunk: int) -> list[str]:
+def sized(longest: int, chunk: int) -> list[str]:
     """vLLM's arguments for prompts of so many tokens, prefilled so many at a time."""
     return ["--enforce-eager", "--max-model-len", str(longest + 64), "--max-num-batched-tokens", str(chunk)]
 
@@ -155,10 +165,12 @@ def _sized(longest: int, chunk: int) -> list[str]:
 class _Round:
     """Servers that are measured in turns, and ways to ask them."""
 
-    def __init__(self, settings: Settings, prompts: _Prompts, ends: ExitStack) -> None:
+    def __init__(self, settings: Settings, prompts: Prompts, ends: ExitStack) -> None:
         self._settings, self._prompts, self._ends = settings, prompts, ends
 
-    def served(self, name: str, cores: Sequence[int], arguments: Sequence[str], **more: Any) -> tuple[Server, Engine]:
+    def served(
+        self, name: str, cores: Sequence[int], arguments: Sequence[str], **more: Any
+    ) -> tuple[Server, EngineClient]:
         """A server that has answered once, paused."""
         server = Server(self._settings.model, self._settings.folder / f"{name}.log", cores, arguments, **more)
         self._ends.callback(server.close)
@@ -167,12 +179,12 @@ class _Round:
         server.pause()
         return server, engine
 
-    def alone(self, pair: tuple[Server, Engine], tokens: int) -> tuple[list[Server], Callable[[], float]]:
+    def alone(self, pair: tuple[Server, EngineClient], tokens: int) -> tuple[list[Server], Callable[[], float]]:
         server, engine = pair
         return [server], lambda: engine.prefill(self._prompts(tokens))
 
     def by(
-        self, pairs: Sequence[tuple[Server, Engine]], contexts: Sequence[int]
+        self, pairs: Sequence[tuple[Server, EngineClient]], contexts: Sequence[int]
     ) -> tuple[list[Server], Callable[[], float]]:
         engines = [engine for _, engine in pairs]
         return [server for server, _ in pairs], lambda: time_chain(engines, self._prompts(sum(contexts)), contexts)
@@ -198,8 +210,8 @@ def measure_link(
 ) -> dict[str, Any]:
     """The part `link`, run within the first namespace; the second engine runs within `space`."""
     longest = max(lengths)
-    whole = _sized(longest, longest)
-    prompts = _Prompts(model)
+    whole = sized(longest, longest)
+    prompts = Prompts(model)
     with ExitStack() as ends:
         pairs = []
         for i, (host, within) in enumerate(zip(hosts, (None, space), strict=True)):
@@ -211,7 +223,7 @@ def measure_link(
             pairs.append((server, engine))
         servers, engines = [server for server, _ in pairs], [engine for _, engine in pairs]
         table = _tuned(Settings(model, folder, lengths, repeats), servers, engines)
-        turns = _Turns(repeats)
+        turns = Turns(repeats)
         for tokens in lengths:
             contexts = search(table.chain, tokens, 2, fewest=2, block=table.block).contexts
             half = tokens // 2 // table.block * table.block
@@ -223,7 +235,7 @@ def measure_link(
     return {"rows": turns.rows, "table": _plain(table)}
 
 
-def _tuned(settings: Settings, servers: Sequence[Server], engines: Sequence[Engine]) -> Table:
+def _tuned(settings: Settings, servers: Sequence[Server], engines: Sequence[EngineClient]) -> Table:
     for server in servers:
         server.resume()
     config = json.loads((settings.model / "config.json").read_text()) | {"dtype": "float32"}
@@ -235,7 +247,7 @@ def _tuned(settings: Settings, servers: Sequence[Server], engines: Sequence[Engi
     return table
 
 
-def _decoding(pair: tuple[Server, Engine], tokens: list[int]) -> float:
+def _decoding(pair: tuple[Server, EngineClient], tokens: list[int]) -> float:
     """Tokens a second after the first."""
     server, engine = pair
     server.resume()

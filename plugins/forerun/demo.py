@@ -7,19 +7,16 @@ may not. It therefore needs a checkout.
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from forerun._example import run_example
 from forerun.report import Section, write_page
 
 __all__ = ["SCHEMES", "DemoError", "run"]
 
-SCHEMES = {
-    "picard": "forerun.picard.demo:run",
-    "runahead": "forerun.runahead.demo:run",
-    "dlrm": "forerun.dlrm.demo:run",
-    "moe": "forerun.moe.demo:run",
-}
+SCHEMES = ("picard", "runahead", "dlrm", "moe")
 
 
 class DemoError(Exception):
@@ -42,10 +39,12 @@ def run(schemes: Sequence[str], out: Path, progress: Callable[[str], None]) -> P
         raise DemoError(f"there is no scheme {unknown[0]!r}; there are {', '.join(SCHEMES)}")
     sections: list[Section] = []
     for scheme in schemes:
-        module, function = SCHEMES[scheme].split(":")
+        room = importlib.import_module(f"forerun.{scheme}.demo")
         progress(f"{scheme}: starting")
         try:
-            sections.append(getattr(importlib.import_module(module), function)(progress))
+            with tempfile.TemporaryDirectory() as folder:
+                run_example(room.SCRIPT, Path(folder), progress)
+                sections.append(room.section(Path(folder)))
         except (OSError, RuntimeError, ValueError) as error:
             raise DemoError(f"{scheme}: {error}") from error
     return write_page(out / "index.html", sections)

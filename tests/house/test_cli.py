@@ -1,6 +1,7 @@
 """The `forerun` command: its version, its errors, its exit status."""
 
 import json
+from importlib import import_module
 
 import pytest
 from typer.testing import CliRunner
@@ -92,11 +93,19 @@ def test_demo_needs_a_checkout(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_writes_the_page_and_says_where(run, tmp_path, monkeypatch):
+def test_demo_writes_the_page_and_says_where(run, root, tmp_path, monkeypatch):
     texts = {"picard": "shown", "runahead": "shared", "dlrm": "planned", "moe": "spread"}
     assert list(texts) == list(demo.SCHEMES)
+    monkeypatch.setattr(demo, "run_example", lambda script, out, progress: (out / "script").write_text(script))
     for scheme, text in texts.items():
-        monkeypatch.setattr(f"forerun.{scheme}.demo.run", lambda progress, of=(scheme, text): Section(*of))
+        script = import_module(f"forerun.{scheme}.demo").SCRIPT
+        assert (root / "examples" / script).is_file()
+
+        def section(out, scheme=scheme, text=text, script=script):
+            assert (out / "script").read_text() == script
+            return Section(scheme, text)
+
+        monkeypatch.setattr(f"forerun.{scheme}.demo.section", section)
     result = run("demo", "--out", tmp_path / "report")
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "report" / "index.html") in result.stdout.replace("\n", "")

@@ -16,7 +16,7 @@ from forerun.moe.plan import Plan
 _ROOT = Path(__file__).parents[2]
 
 
-def test_the_section_shows_what_the_example_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_section_shows_what_the_example_wrote(tmp_path: Path) -> None:
     row = {
         "way": "stock AutoEP",
         "kilobytes": 812.4,
@@ -27,14 +27,9 @@ def test_the_section_shows_what_the_example_wrote(monkeypatch: pytest.MonkeyPatc
         "ranks": 2,
     }
 
-    def wrote(name: str, out: Path, progress: object) -> None:
-        assert Path("examples", name).is_file()
-        (out / "serving.json").write_text(json.dumps([row]))
-        (out / "plan.png").write_bytes(b"picture")
-
-    monkeypatch.chdir(_ROOT)
-    monkeypatch.setattr(demo, "run_example", wrote)
-    section = demo.run(print)
+    (tmp_path / "serving.json").write_text(json.dumps([row]))
+    (tmp_path / "plan.png").write_bytes(b"picture")
+    section = demo.section(tmp_path)
     assert section.tables[0].rows == [("stock AutoEP", "812", "3", "11.2", "32 of 32")]
     assert section.pictures[0].png == b"picture"
 

@@ -9,7 +9,7 @@ import pytest
 from forerun.runahead.calibrate import Run, fit_chain
 from forerun.runahead.chain import Chain
 from forerun.runahead.cost import Cost, Link
-from forerun.runahead.engine_api import Engine, Prompt, chain_parts
+from forerun.runahead.engine_client import EngineClient, Prompt, chain_parts
 from forerun.runahead.tuning import with_dtype
 
 COST = Cost(0.01, 1e-3, 1e-6, 2e-8)
@@ -67,4 +67,4 @@ def test_the_dtype_of_the_engines_counts(arguments):
 
 def test_nobody_there_is_said():
     with pytest.raises(RuntimeError, match=r"127\.0\.0\.1:9 does not answer /v1/models"):
-        Engine.connect("http://127.0.0.1:9", ("127.0.0.1", 9))
+        EngineClient.connect("http://127.0.0.1:9", ("127.0.0.1", 9))

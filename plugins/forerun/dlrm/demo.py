@@ -1,17 +1,16 @@
-"""DLRMPlanner beside torchrec's planner: runs `examples/plan_dlrm.py` and shows what it wrote."""
+"""DLRMPlanner beside torchrec's planner: what `examples/plan_dlrm.py` wrote, shown."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forerun._example import run_example
 from forerun.report import Picture, Section, Table
 
-__all__ = ["run"]
+__all__ = ["SCRIPT", "section"]
+
+SCRIPT = "plan_dlrm.py"  # of the examples
 
 _TEXT = """\
 The 26 embedding tables of MLPerf's DLRMv2, planned for 8 to 128 GPUs of 80 GB, 8 of them on a host: by torchrec's \
@@ -23,22 +22,8 @@ the best one; at 0 there is no better one. All are estimates: no training was ru
 Seconds are of the whole plan() on this machine."""
 
 
-def run(progress: Callable[[str], None]) -> Section:
-    """The room's section of the demo's page.
-
-    Args:
-        progress: Is told each line that the example prints.
-
-    Raises:
-        FileNotFoundError: The current folder is not a checkout of forerun.
-        RuntimeError: The example failed; the message ends with what it printed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        run_example("plan_dlrm.py", Path(folder), progress)
-        return _section(Path(folder))
-
-
-def _section(out: Path) -> Section:
+def section(out: Path) -> Section:
+    """The room's section of the demo's page, of what the script wrote into a folder."""
     rows: list[dict[str, Any]] = json.loads((out / "dlrm.json").read_text())
     table = Table(
         "MLPerf DLRMv2, global batch 65536",

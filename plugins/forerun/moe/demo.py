@@ -1,17 +1,16 @@
-"""Speculative MoE beside stock DeepSpeed: runs `examples/serve_tiny_moe.py` and shows what it wrote."""
+"""Speculative MoE beside stock DeepSpeed: what `examples/serve_tiny_moe.py` wrote, shown."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forerun._example import run_example
 from forerun.report import Picture, Section, Table
 
-__all__ = ["run"]
+__all__ = ["SCRIPT", "section"]
+
+SCRIPT = "serve_tiny_moe.py"  # of the examples
 
 _TEXT = """\
 A small OLMoE (4 layers of 16 experts, 4 of them a token) trained on the standard library's sources, its experts \
@@ -24,22 +23,8 @@ loopback costs next to nothing: what fewer bytes save depends on the link. Same 
 tokens are all stock's."""
 
 
-def run(progress: Callable[[str], None]) -> Section:
-    """The room's section of the demo's page.
-
-    Args:
-        progress: Is told each line that the example prints.
-
-    Raises:
-        FileNotFoundError: The current folder is not a checkout of forerun.
-        RuntimeError: The example failed; the message ends with what it printed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        run_example("serve_tiny_moe.py", Path(folder), progress)
-        return _section(Path(folder))
-
-
-def _section(out: Path) -> Section:
+def section(out: Path) -> Section:
+    """The room's section of the demo's page, of what the script wrote into a folder."""
     rows: list[dict[str, Any]] = json.loads((out / "serving.json").read_text())
     table = Table(
         f"{rows[0]['requests']} requests on {rows[0]['ranks']} ranks",

@@ -1,17 +1,16 @@
-"""Picard sampling beside stock diffusers: runs `examples/sample_digits.py` and shows what it wrote."""
+"""Picard sampling beside stock diffusers: what `examples/sample_digits.py` wrote, shown."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forerun._example import run_example
 from forerun.report import Picture, Section, Table
 
-__all__ = ["run"]
+__all__ = ["SCRIPT", "section"]
+
+SCRIPT = "sample_digits.py"  # of the examples
 
 _TEXT = """\
 A UNet trained on scikit-learn's digits, sampled by diffusers' DDIMPipeline from the same seeds: as diffusers does it, \
@@ -25,22 +24,8 @@ busy already: there they follow the evaluations, not the rounds. The difference 
 relative, the largest of the batch."""
 
 
-def run(progress: Callable[[str], None]) -> Section:
-    """The room's section of the demo's page.
-
-    Args:
-        progress: Is told each line that the example prints.
-
-    Raises:
-        FileNotFoundError: The current folder is not a checkout of forerun.
-        RuntimeError: The example failed; the message ends with what it printed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        run_example("sample_digits.py", Path(folder), progress)
-        return _section(Path(folder))
-
-
-def _section(out: Path) -> Section:
+def section(out: Path) -> Section:
+    """The room's section of the demo's page, of what the script wrote into a folder."""
     rows: list[dict[str, Any]] = json.loads((out / "digits.json").read_text())
     table = Table(
         f"{rows[0]['samples']} digits, the sequential result and ways to it",

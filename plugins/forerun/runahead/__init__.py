@@ -9,7 +9,7 @@ gives the first token and holds the whole cache, so it decodes on.
     chain.py      when every engine of a chain does what (the recurrence)
     partition.py  the split whose first token comes soonest, one engine included
     table.py      splits kept per model, hardware and number of engines; prompts between rows; refinement
-    engine_api.py, calibrate.py, tuning.py   engines measured over their API, and the table that follows
+    engine_client.py, calibrate.py, tuning.py   engines measured over their API, and the table that follows
     rehearsal.py  a chain of engines that sleep where they would compute
     traffic.py    bytes and dot products by formula
     wire.py, stream.py   what engines say to each other: handshake, frames; sockets on which it ends in time

@@ -22,7 +22,7 @@ from scipy.optimize import least_squares
 
 from forerun.runahead.chain import Chain
 from forerun.runahead.cost import Compute, Link, fit_cost
-from forerun.runahead.engine_api import Engine, Prompt, chain_parts
+from forerun.runahead.engine_client import EngineClient, Prompt, chain_parts
 from forerun.runahead.partition import search
 from forerun.runahead.shape import Shape
 
@@ -57,7 +57,7 @@ class Calibration:
 
 
 def calibrate(
-    engines: Sequence[Engine],
+    engines: Sequence[EngineClient],
     shape: Shape,
     lengths: Sequence[int],
     *,
@@ -112,7 +112,7 @@ def calibrate(
     return Calibration(chain, crowding, tuple(computes), tuple(runs), error)
 
 
-def time_chain(engines: Sequence[Engine], tokens: Sequence[int], contexts: Sequence[int]) -> float:
+def time_chain(engines: Sequence[EngineClient], tokens: Sequence[int], contexts: Sequence[int]) -> float:
     """Seconds until the last engine of a chain has the first token.
 
     Raises:
@@ -154,7 +154,7 @@ def fit_chain(chain: Chain, runs: Sequence[Run]) -> tuple[Chain, float]:
     return linked(best.x), max(abs(error) for error in errors(best.x))
 
 
-def _together(engines: Sequence[Engine], prompts: Prompt, tokens: int, past: int) -> float:
+def _together(engines: Sequence[EngineClient], prompts: Prompt, tokens: int, past: int) -> float:
     """The mean time of all engines for prefills that they do at once, each of a prompt of its own."""
     asked = [prompts(past + tokens) for _ in engines]
     with ThreadPoolExecutor(len(engines)) as pool:

@@ -1,17 +1,16 @@
-"""A prompt shared by two vLLM engines: runs `examples/share_prompt.py` and shows what it wrote."""
+"""A prompt shared by two vLLM engines: what `examples/share_prompt.py` wrote, shown."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forerun._example import run_example
 from forerun.report import Picture, Section, Table
 
-__all__ = ["run"]
+__all__ = ["SCRIPT", "section"]
+
+SCRIPT = "share_prompt.py"  # of the examples
 
 _TEXT = """\
 A decoder with random weights, served by two stock vLLM engines, each on cores of its own. A long prompt (text of \
@@ -22,22 +21,8 @@ from prefills that were measured just before; a table of such splits also says w
 Seconds are to the first token, the median of three prompts in turns. The tokens after it are greedy, and compared."""
 
 
-def run(progress: Callable[[str], None]) -> Section:
-    """The room's section of the demo's page.
-
-    Args:
-        progress: Is told each line that the example prints.
-
-    Raises:
-        FileNotFoundError: The current folder is not a checkout of forerun.
-        RuntimeError: The example failed; the message ends with what it printed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        run_example("share_prompt.py", Path(folder), progress)
-        return _section(Path(folder))
-
-
-def _section(out: Path) -> Section:
+def section(out: Path) -> Section:
+    """The room's section of the demo's page, of what the script wrote into a folder."""
     found: dict[str, Any] = json.loads((out / "chain.json").read_text())
     single = found["rows"][0]["seconds"]
     table = Table(

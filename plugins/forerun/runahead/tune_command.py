@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from forerun.runahead.engine_api import Engine
+    from forerun.runahead.engine_client import EngineClient
 
 __all__ = ["tune"]
 
@@ -62,8 +62,8 @@ def tune(
     Console().print(explain(table.chain, table.split(measured[-1])))
 
 
-def _joined(given: list[str]) -> list[Engine]:
-    from forerun.runahead.engine_api import Engine
+def _joined(given: list[str]) -> list[EngineClient]:
+    from forerun.runahead.engine_client import EngineClient
     from forerun.runahead.transport import parse_address
 
     found = []
@@ -71,18 +71,18 @@ def _joined(given: list[str]) -> list[Engine]:
         url, equals, address = one.rpartition("=")
         if not equals:
             raise ValueError(f"{one!r} names no engine; expected URL=HOST:PORT, the port its connector listens on")
-        found.append(Engine.connect(url, parse_address(address)))
+        found.append(EngineClient.connect(url, parse_address(address)))
     return found
 
 
 def _started(
     ends: ExitStack, model: str, count: int, arguments: list[str], cores: str | None, gpus: str | None
-) -> list[Engine]:
-    from forerun.runahead.engine_api import Engine
+) -> list[EngineClient]:
+    from forerun.runahead.engine_client import EngineClient
     from forerun.runahead.engines import Engines
     from forerun.runahead.transport import parse_address
 
     logs = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="forerun-")))
     typer.echo(f"starting {count} engines; their logs: {logs}")
     started = ends.enter_context(Engines(model, count, logs=logs, arguments=arguments, cores=cores, gpus=gpus))
-    return [Engine.connect(end.url, parse_address(end.address)) for end in started.endpoints]
+    return [EngineClient.connect(end.url, parse_address(end.address)) for end in started.endpoints]

@@ -9,7 +9,7 @@ from typing import Any
 
 from forerun.runahead.arguments import value_of
 from forerun.runahead.calibrate import Calibration, calibrate
-from forerun.runahead.engine_api import Engine
+from forerun.runahead.engine_client import EngineClient
 from forerun.runahead.shape import Shape
 from forerun.runahead.table import Table, make_table
 
@@ -22,7 +22,7 @@ _REFINED = 4  # rows between two measured lengths
 def tune(
     model: str,
     config: Mapping[str, Any],
-    engines: Sequence[Engine],
+    engines: Sequence[EngineClient],
     lengths: Sequence[int],
     *,
     where: str | None = None,

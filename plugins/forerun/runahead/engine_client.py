@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,14 @@ from typing import Any
 import httpx
 import numpy as np
 
+from forerun.runahead.counts import labels_of
 from forerun.runahead.transport import Address
 
-__all__ = ["Engine", "Prompt", "chain_parts"]
-
-_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
+__all__ = ["EngineClient", "Prompt", "chain_parts"]
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineClient:
     """An engine that serves an OpenAI-compatible API.
 
     Args:
@@ -38,7 +35,7 @@ class Engine:
     timeout: float = 600.0
 
     @classmethod
-    def connect(cls, url: str, address: Address, timeout: float = 600.0) -> Engine:
+    def connect(cls, url: str, address: Address, timeout: float = 600.0) -> EngineClient:
         """An engine, by the first model that it serves.
 
         Raises:
@@ -53,10 +50,10 @@ class Engine:
         Raises:
             RuntimeError: It does not answer, or does not tell.
         """
-        found = _CONFIG.search(self.ask("/metrics").text)
-        if found is None:
+        found = labels_of(self.ask("/metrics").text, "vllm:cache_config_info")
+        if not found:
             raise RuntimeError(f"{self.url}/metrics says nothing of the cache's settings; expected a vLLM engine")
-        return dict(_LABEL.findall(found[1]))
+        return found
 
     def prefill(self, tokens: Sequence[int], part: Mapping[str, Any] | None = None) -> float:
         """Seconds to the first token of a prompt; `part` is its part in a chain.
