@@ -1,0 +1,110 @@
+"""The best of all designs of the arm's PCM, their table and their picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from measurement import comparison
+from pcm_designs_rounds import PAPER, Point, Reference
+from rich.table import Table
+
+__all__ = ["draw", "reached", "table"]
+
+_GAINS = {"sequential": 2.71, "plain": 1.77}  # the paper's, by the peer
+_LINES = {
+    "plain": {"plain": "black", "slope only": "tab:green"},
+    "accelerated": {
+        "accelerated": "black",
+        "accelerated, fitted": "tab:purple",
+        "slope only + acceleration": "tab:green",
+    },
+}
+_SAID = {"plain": "plain iteration + PCM", "accelerated": "default acceleration + PCM"}
+
+
+def reached(points: Sequence[Point], references: Sequence[Reference]) -> list[dict[str, Any]]:
+    """For each N the lowest point of all curves against what needs no training, and against the paper's gains."""
+    entries = []
+    for steps in sorted({point.steps for point in points}):
+        peers = {row.way: row.rounds for row in references if (row.steps, row.rule) == (steps, PAPER)}
+        curves = [point for point in points if (point.steps, point.rule) == (steps, PAPER) and point.turn]
+        for way, against in (
+            ("plain", ("sequential", "plain", "slope only")),
+            ("accelerated", ("sequential", "accelerated", "slope only + acceleration")),
+        ):
+            if curves:
+                best = min(curves, key=lambda point: getattr(point, way))
+                name = f"arm N={steps}, {PAPER}, {_SAID[way]}, best ({best.design}, {best.switch}, turn {best.turn})"
+                for peer in against:
+                    if peer in peers:
+                        bound = _GAINS.get(peer) if way == "plain" else None
+                        entries.append(comparison(name, "rounds", getattr(best, way), peers[peer], peer, bound))
+    return entries
+
+
+def table(points: Sequence[Point], references: Sequence[Reference]) -> Table:
+    """References, then every design where its training ended, by every rule."""
+    made = Table("N", "stops at", "design", "switch")
+    for name in ("turns", "s", "plain", "default"):
+        made.add_column(name, justify="right")
+    for row in references:
+        made.add_row(str(row.steps), row.rule, row.way, "", "", "", f"{row.rounds:.2f}", "")
+    last = {(point.design, point.switch, point.rule): point for point in points}
+    for point in last.values():
+        figures = (f"{point.seconds:.0f}", f"{point.plain:.2f}", f"{point.accelerated:.2f}")
+        made.add_row(str(point.steps), point.rule, point.design, point.switch, str(point.turn), *figures)
+    return made
+
+
+def draw(points: Sequence[Point], references: Sequence[Reference], path: Path) -> None:
+    """Rounds over the training, a column for each N; plain iteration above, the default acceleration below."""
+    every = sorted({point.steps for point in points})
+    figure = Figure(figsize=(6.6 * max(len(every), 1), 11), layout="constrained")
+    panels = figure.subplots(2, max(len(every), 1), squeeze=False)
+    for column, steps in enumerate(every):
+        mine = [point for point in points if (point.steps, point.rule) == (steps, PAPER)]
+        known = {row.way: row.rounds for row in references if (row.steps, row.rule) == (steps, PAPER)}
+        for axes, way in zip(panels[:, column], _SAID, strict=True):
+            _curves(axes, mine, way)
+            _levels(axes, known, way)
+            axes.set(title=f"arm N={steps}, {_SAID[way]}", xlabel="minutes of training, one core")
+            axes.set_ylabel("rounds until the papers' rule")
+            axes.grid(visible=True, alpha=0.3)
+        panels[0, column].legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        panels[1, column].legend(*_levels_only(panels[1, column]), fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _curves(axes: Axes, points: Sequence[Point], way: str) -> None:
+    designs = list(dict.fromkeys(point.design for point in points))
+    for design, switch in dict.fromkeys((point.design, point.switch) for point in points):
+        line = [point for point in points if (point.design, point.switch) == (design, switch)]
+        axes.plot(
+            [point.seconds / 60 for point in line],
+            [getattr(point, way) for point in line],
+            "-" if switch == "trained" else "--",
+            marker=".",
+            color=colormaps["tab10"](designs.index(design) % 10),
+            label=design if switch == "trained" else f"{design}, {switch}",
+        )
+
+
+def _levels(axes: Axes, known: dict[str, float], way: str) -> None:
+    for name, colour in _LINES[way].items():
+        if name in known:
+            axes.axhline(known[name], color=colour, linestyle=":", label=f"{name}: {known[name]:.2f}")
+    for peer, gain in _GAINS.items() if way == "plain" else ():
+        if peer in known:
+            level = known[peer] / gain
+            axes.axhline(level, color="tab:red", linestyle="-.", label=f"target, {peer} / {gain}: {level:.2f}")
+
+
+def _levels_only(axes: Axes) -> tuple[list[Any], list[str]]:
+    handles, labels = axes.get_legend_handles_labels()
+    kept = [(handle, label) for handle, label in zip(handles, labels, strict=True) if ":" in label]
+    return [handle for handle, _ in kept], [label for _, label in kept]
