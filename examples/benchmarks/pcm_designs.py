@@ -29,7 +29,7 @@ import torch
 from measurement import provenance
 from pcm_cases import Case
 from pcm_designs_report import draw, reached, table
-from pcm_designs_rounds import PAPER, Point, Reference, held_out, references, rounds
+from pcm_designs_rounds import PAPER, TRAINED_ON, Point, Reference, held_out, references, rounds
 from rich.console import Console
 
 from forerun.picard.switch import Switch
@@ -137,7 +137,7 @@ class Results(NamedTuple):
         return json.dumps(content, indent=1) + "\n"
 
 
-def curve(design: Design, case: Case, seeds: range, work: Path, episodes: int = 600) -> Iterator[list[Point]]:
+def curve(design: Design, case: Case, seeds: range, work: Path, episodes: int = TRAINED_ON) -> Iterator[list[Point]]:
     """Trains, and yields after every measurement all points until then; the last list has the certified rules too.
 
     Args:

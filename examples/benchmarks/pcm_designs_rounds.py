@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from measurement import mean
-from pcm_cases import FIRST_SEED, Case, Given, sample
+from pcm_cases import FIRST_SEED, Case, Given, Way, sample
 from pcm_rounds import RULES
+from torch import nn
 
 from forerun.picard.consistency import Consistency
-from forerun.picard.diffusers import parallel
+from forerun.picard.window import Acceleration
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 from diffusion_policy import HORIZON
 from train_arm_pcm import observations
 
-__all__ = ["PAPER", "Point", "Reference", "held_out", "measure", "references", "rounds"]
+__all__ = ["PAPER", "TRAINED_ON", "Point", "Reference", "held_out", "references", "rounds"]
 
 PAPER = "noise 0.1"  # the papers' own rule, by which they count
-_TRAINED_ON, _EPISODES = 600, 100  # demonstrations that trainings take moments from; those after them, measured on
+TRAINED_ON = 600  # demonstrations that trainings take moments from; those after them are measured on
 
 
 class Point(NamedTuple):
@@ -48,11 +50,11 @@ class Reference(NamedTuple):
     rounds: float
 
 
-def held_out(steps: int) -> Case:
-    """The arm; noise, and a moment at which its policy looks at the arm: mid-episode ones among them."""
+def held_out(steps: int, after: int = TRAINED_ON, episodes: int = 100) -> Case:
+    """The arm at moments at which its policy looks at it, mid-episode ones too, of demonstrations after so many."""
     case = Case.of("arm", steps, torch.device("cpu"))
     policy: Any = case.model
-    moments = observations(policy, _EPISODES, after=_TRAINED_ON)
+    moments = observations(policy, episodes, after)
 
     def draw(seeds: Sequence[int]) -> Given:
         generators = [torch.Generator().manual_seed(FIRST_SEED + seed) for seed in seeds]
@@ -60,24 +62,12 @@ def held_out(steps: int) -> Case:
         start = torch.cat([torch.randn(*shape, generator=generator) for generator in generators])
         return Given(start, (moments([FIRST_SEED + seed for seed in seeds])["condition"],))
 
-    return Case(case.name, steps, policy, case.scheduler, draw, case.device)
+    return replace(case, draw=draw)
 
 
-def rounds(case: Case, seeds: range, rule: str, acceleration: str, pcm: Consistency | None) -> float:
+def rounds(case: Case, seeds: range, rule: str, acceleration: Acceleration, pcm: Consistency | None) -> float:
     """Mean rounds of a parallel run, one sample each."""
-    model = case.fresh()
-    options: dict[str, Any] = {"acceleration": acceleration, "pcm": pcm, **RULES[rule]}
-    return measure(case, seeds, model, parallel(model, case.scheduler, check_cost=False, **options))
-
-
-def measure(case: Case, seeds: range, model: torch.nn.Module, scheduler: Any) -> float:
-    """Mean rounds of a parallel scheduler, bound to its model."""
-
-    def of(seed: int) -> int:
-        sample(model, scheduler, case.given([seed]), case.steps)
-        return scheduler.report.rounds
-
-    return mean(of(seed) for seed in seeds)
+    return _mean(case, seeds, *case.sampler(Way(acceleration), pcm=pcm, **RULES[rule]))
 
 
 def references(case: Case, seeds: range) -> list[Reference]:
@@ -86,5 +76,16 @@ def references(case: Case, seeds: range) -> list[Reference]:
     for rule, options in RULES.items():
         found.append(Reference(case.steps, rule, "sequential", float(case.steps)))
         for name, way in case.ways.items():
-            found.append(Reference(case.steps, rule, name, measure(case, seeds, *case.sampler(way, **options))))
+            found.append(Reference(case.steps, rule, name, _mean(case, seeds, *case.sampler(way, **options))))
     return found
+
+
+def _mean(case: Case, seeds: range, model: nn.Module, scheduler: Any) -> float:
+    """Rounds of a parallel scheduler that is bound to the model."""
+
+    def of(seed: int) -> int:
+        sample(model, scheduler, case.given([seed]), case.steps)
+        count: int = scheduler.report.rounds
+        return count
+
+    return mean(of(seed) for seed in seeds)
