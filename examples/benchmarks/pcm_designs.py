@@ -1,8 +1,9 @@
 """Designs of the arm's Picard Consistency Model: each trained from fresh, its rounds measured while it trains.
 
 The arm misses the paper's gains; here is everything that was tried, each as a curve over its training: the mean rounds
-until the papers' rule (0.1 of the noise), by plain iteration and by the default acceleration, on noise and moments of
-episodes that no training sees. A curve begins with the change that changes nothing. Certified rounds follow at its end.
+until the papers' rule (0.1 of the noise), by plain iteration and by the default acceleration, on noise and moments that
+no training sees. A curve begins with the change that changes nothing. At its end follow the certified rounds, and those
+at an episode's first moment, which is what `pcm.py` measures.
 
     python examples/benchmarks/pcm_designs.py [--parts references,designs] [--designs NAMES] [--pairs 32]
 
@@ -27,9 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 from measurement import provenance
-from pcm_cases import Case
+from pcm_cases import FIRST_SEED, Case
 from pcm_designs_report import draw, reached, table
-from pcm_designs_rounds import PAPER, TRAINED_ON, Point, Reference, held_out, references, rounds
+from pcm_designs_rounds import PAPER, TRAINED_ON, Point, Reference, cases, references, rounds
 from rich.console import Console
 
 from forerun.picard.switch import Switch
@@ -46,7 +47,6 @@ __all__ = ["DESIGNS", "Design", "Results", "curve"]
 
 _HERE = Path(__file__).parent
 _PARTS = ("references", "designs")
-_SHARED = {steps: replace(training, measure_every=25 if steps == 15 else 30) for steps, training in TRAININGS.items()}
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,23 @@ class Design:
         return f"{self.name.replace(' ', '-')}-{self.training.steps}"
 
 
-def _design(name: str, steps: int, turns: int, *switches: float, **changes: Any) -> Design:
-    return Design(name, replace(_SHARED[steps], turns=turns, **changes), (None, *switches))
+def _design(name: str, steps: int, turns: int, **changes: Any) -> Design:
+    return Design(name, replace(TRAININGS[steps], turns=turns, **changes), (None, FROM_SIGNAL[steps]))
 
 
-# The most telling first: the shipped ones, from which all others differ in one thing and the turns.
+# The most telling first: the shipped ones, from which all others differ in one thing, in turns and in measurements.
 DESIGNS = (
-    _design("one age", 15, 150, FROM_SIGNAL[15]),
-    _design("one age", 100, 180, FROM_SIGNAL[100]),
-    _design("two ages", 15, 100, ages=2),
-    _design("variance 0.01", 15, 100, data_variance=0.01),
-    _design("paper objective", 15, 100, objective="sweep"),
-    _design("full fine-tune", 15, 100, full=True),
-    _design("variance 0.01", 100, 90, data_variance=0.01),
-    _design("variance 0.05", 15, 100, data_variance=0.05),
-    _design("variance 0.05", 100, 90, data_variance=0.05),
-    _design("variance 0.003", 15, 100, data_variance=0.003),
-    _design("one age longer", 15, 350, FROM_SIGNAL[15]),
+    _design("one age", 15, 150, measure_every=25),
+    _design("one age", 100, 120, measure_every=20),
+    _design("two ages", 15, 75, measure_every=15, ages=2),
+    _design("variance 0.01", 15, 75, measure_every=15, data_variance=0.01),
+    _design("paper objective", 15, 75, measure_every=15, objective="sweep"),
+    _design("full fine-tune", 15, 75, measure_every=15, full=True),
+    _design("variance 0.01", 100, 60, measure_every=20, data_variance=0.01),
+    _design("variance 0.05", 15, 75, measure_every=15, data_variance=0.05),
+    _design("variance 0.05", 100, 60, measure_every=20, data_variance=0.05),
+    _design("variance 0.003", 15, 75, measure_every=15, data_variance=0.003),
+    _design("one age longer", 15, 350, measure_every=50),
 )
 
 
@@ -137,12 +137,14 @@ class Results(NamedTuple):
         return json.dumps(content, indent=1) + "\n"
 
 
-def curve(design: Design, case: Case, seeds: range, work: Path, episodes: int = TRAINED_ON) -> Iterator[list[Point]]:
-    """Trains, and yields after every measurement all points until then; the last list has the certified rules too.
+def curve(
+    design: Design, arms: dict[str, Case], seeds: range, work: Path, episodes: int = TRAINED_ON
+) -> Iterator[list[Point]]:
+    """Trains, and yields after every measurement all points until then; the last list has all rules and moments.
 
     Args:
         design: What to train.
-        case: What to measure on.
+        arms: What to measure on, by the moments.
         seeds: Of the pairs of noise and moment, one each.
         work: Folder of the checkpoint and of what was measured until it.
         episodes: That training takes moments from.
@@ -152,19 +154,20 @@ def curve(design: Design, case: Case, seeds: range, work: Path, episodes: int = 
     with contextlib.ExitStack() as undone:
         trainer = Trainer(source(load(ASSETS), episodes), work, training, None, undone)
 
-        def measured(turn: int, seconds: float, rule: str = PAPER) -> list[Point]:
+        def measured(turn: int, seconds: float, moments: str = "any", rule: str = PAPER) -> list[Point]:
             found = []
             for signal in design.switches:
                 pcm = trainer.consistency()
                 if signal is not None:
                     pcm = replace(pcm, card=replace(pcm.card, switch=Switch((signal,) * training.ages)))
-                plain, accelerated = (rounds(case, seeds, rule, way, pcm) for way in ("none", "secant"))
+                plain, accelerated = (rounds(arms[moments], seeds, rule, way, pcm) for way in ("none", "secant"))
                 switch = "trained" if signal is None else f"from signal {signal}"
-                found.append(Point(design.key, training.steps, switch, rule, turn, seconds, plain, accelerated))
+                told = (design.key, training.steps, switch, moments, rule, turn, seconds)
+                found.append(Point(*told, plain, accelerated))
             return found
 
         points = [Point(**row) for row in json.loads(path.read_text())] if trainer.turn else measured(0, 0.0)
-        points = [point for point in points if point.turn <= trainer.turn and point.rule == PAPER]
+        points = [point for point in points if point.turn <= trainer.turn]
         seconds = points[-1].seconds
         for turn in range(trainer.turn, training.turns):
             seconds += _processor_seconds(lambda turn=turn: trainer.run_turn(turn))
@@ -174,8 +177,8 @@ def curve(design: Design, case: Case, seeds: range, work: Path, episodes: int = 
                 path.write_text(json.dumps([point._asdict() for point in points]))
                 trainer.checkpoint(turn + 1)
                 yield list(points)
-        for rule in ("relative 1e-2", "relative 1e-3"):
-            points += measured(training.turns, seconds, rule)
+        for moments, rule in (("any", "relative 1e-2"), ("any", "relative 1e-3"), ("first", PAPER)):
+            points += measured(training.turns, seconds, moments, rule)
         yield list(points)
 
 
@@ -200,18 +203,18 @@ def main() -> None:
         parser.error(f"there is no {', '.join(unknown)}; parts: {', '.join(_PARTS)}; designs: {names}")
     torch.set_num_threads(1)
     designs = [design for design in DESIGNS if design.key in named]
-    cases = {steps: held_out(steps) for steps in sorted({design.training.steps for design in designs})}
+    arms = {steps: cases(steps) for steps in sorted({design.training.steps for design in designs})}
     path, console = options.out / "pcm-designs.json", Console(width=None if sys.stdout.isatty() else 130)
     command = " ".join(["python examples/benchmarks/pcm_designs.py", *sys.argv[1:]])
     run = {**provenance(torch.device("cpu"), ("torch", "diffusers"), command), "pairs": options.pairs}
     options.out.mkdir(parents=True, exist_ok=True)
-    results, seeds = Results.before(path), range(options.pairs)
-    for steps, case in cases.items() if "references" in parts else ():
+    results, seeds = Results.before(path), range(FIRST_SEED, FIRST_SEED + options.pairs)
+    for steps in arms if "references" in parts else ():
         console.print(f"N={steps}: references")
-        results = results.with_references(steps, references(case, seeds), run)
+        results = results.with_references(steps, references(arms[steps], seeds), run)
         path.write_text(results.as_json(run))
     for design in designs if "designs" in parts else ():
-        for points in curve(design, cases[design.training.steps], seeds, options.work / design.key):
+        for points in curve(design, arms[design.training.steps], seeds, options.work / design.key):
             results = results.with_design(design, points, run)
             path.write_text(results.as_json(run))
             print(*points[-len(design.switches) :], sep="\n", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -15,7 +15,13 @@ from rich.table import Table
 
 __all__ = ["draw", "reached", "table"]
 
+_Row = TypeVar("_Row", Point, Reference)
+
 _GAINS = {"sequential": 2.71, "plain": 1.77}  # the paper's, by the peer
+_PEERS = {
+    "plain": ("sequential", "plain", "slope only"),
+    "accelerated": ("sequential", "accelerated", "slope only + acceleration"),
+}
 _LINES = {
     "plain": {"plain": "black", "slope only": "tab:green"},
     "accelerated": {
@@ -28,36 +34,33 @@ _SAID = {"plain": "plain iteration + PCM", "accelerated": "default acceleration 
 
 
 def reached(points: Sequence[Point], references: Sequence[Reference]) -> list[dict[str, Any]]:
-    """For each N the lowest point of all curves against what needs no training, and against the paper's gains."""
+    """For each N and moments the lowest point of all curves against what is trained less, and the paper's gains."""
     entries = []
-    for steps in sorted({point.steps for point in points}):
-        peers = {row.way: row.rounds for row in references if (row.steps, row.rule) == (steps, PAPER)}
-        curves = [point for point in points if (point.steps, point.rule) == (steps, PAPER) and point.turn]
-        for way, against in (
-            ("plain", ("sequential", "plain", "slope only")),
-            ("accelerated", ("sequential", "accelerated", "slope only + acceleration")),
-        ):
-            if curves:
-                best = min(curves, key=lambda point: getattr(point, way))
-                name = f"arm N={steps}, {PAPER}, {_SAID[way]}, best ({best.design}, {best.switch}, turn {best.turn})"
-                for peer in against:
-                    if peer in peers:
-                        bound = _GAINS.get(peer) if way == "plain" else None
-                        entries.append(comparison(name, "rounds", getattr(best, way), peers[peer], peer, bound))
+    for steps, moments in sorted({(point.steps, point.moments) for point in points}):
+        peers = {row.way: row.rounds for row in _under(references, steps, moments)}
+        trained = [point for point in _under(points, steps, moments) if point.turn]
+        for way, against in _PEERS.items():
+            best = min(trained, key=lambda point: getattr(point, way))
+            design = f"{best.design} {best.switch} at turn {best.turn}"
+            name = f"arm N={steps}, {moments} moments, {PAPER}, {_SAID[way]}, {design}"
+            for peer in against:
+                if peer in peers:
+                    bound = _GAINS.get(peer) if way == "plain" else None
+                    entries.append(comparison(name, "rounds", getattr(best, way), peers[peer], peer, bound))
     return entries
 
 
 def table(points: Sequence[Point], references: Sequence[Reference]) -> Table:
     """References, then every design where its training ended, by every rule."""
-    made = Table("N", "stops at", "design", "switch")
+    made = Table("N", "moments", "stops at", "design", "switch")
     for name in ("turns", "s", "plain", "default"):
         made.add_column(name, justify="right")
     for row in references:
-        made.add_row(str(row.steps), row.rule, row.way, "", "", "", f"{row.rounds:.2f}", "")
-    last = {(point.design, point.switch, point.rule): point for point in points}
+        made.add_row(str(row.steps), row.moments, row.rule, row.way, "", "", "", f"{row.rounds:.2f}", "")
+    last = {(point.design, point.switch, point.moments, point.rule): point for point in points}
     for point in last.values():
-        figures = (f"{point.seconds:.0f}", f"{point.plain:.2f}", f"{point.accelerated:.2f}")
-        made.add_row(str(point.steps), point.rule, point.design, point.switch, str(point.turn), *figures)
+        told = (str(point.steps), point.moments, point.rule, point.design, point.switch, str(point.turn))
+        made.add_row(*told, f"{point.seconds:.0f}", f"{point.plain:.2f}", f"{point.accelerated:.2f}")
     return made
 
 
@@ -67,8 +70,8 @@ def draw(points: Sequence[Point], references: Sequence[Reference], path: Path) -
     figure = Figure(figsize=(6.6 * max(len(every), 1), 11), layout="constrained")
     panels = figure.subplots(2, max(len(every), 1), squeeze=False)
     for column, steps in enumerate(every):
-        mine = [point for point in points if (point.steps, point.rule) == (steps, PAPER)]
-        known = {row.way: row.rounds for row in references if (row.steps, row.rule) == (steps, PAPER)}
+        mine = _under(points, steps, "any")
+        known = {row.way: row.rounds for row in _under(references, steps, "any")}
         for axes, way in zip(panels[:, column], _SAID, strict=True):
             _curves(axes, mine, way)
             _levels(axes, known, way)
@@ -102,6 +105,11 @@ def _levels(axes: Axes, known: dict[str, float], way: str) -> None:
         if peer in known:
             level = known[peer] / gain
             axes.axhline(level, color="tab:red", linestyle="-.", label=f"target, {peer} / {gain}: {level:.2f}")
+
+
+def _under(rows: Sequence[_Row], steps: int, moments: str) -> list[_Row]:
+    """Those by the papers' rule."""
+    return [row for row in rows if (row.steps, row.moments, row.rule) == (steps, moments, PAPER)]
 
 
 def _levels_only(axes: Axes) -> tuple[list[Any], list[str]]:

@@ -1,4 +1,4 @@
-"""Rounds on the arm at moments of episodes that its PCMs' trainings do not see."""
+"""Rounds on the arm, at pairs of noise and moment that no training of its PCMs sees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measurement import mean
-from pcm_cases import FIRST_SEED, Case, Given, Way, sample
+from pcm_cases import Case, Given, Way, sample
 from pcm_rounds import RULES
 from torch import nn
 
@@ -19,10 +19,9 @@ from forerun.picard.window import Acceleration
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
-from diffusion_policy import HORIZON
 from train_arm_pcm import observations
 
-__all__ = ["PAPER", "TRAINED_ON", "Point", "Reference", "held_out", "references", "rounds"]
+__all__ = ["PAPER", "TRAINED_ON", "Point", "Reference", "cases", "references", "rounds"]
 
 PAPER = "noise 0.1"  # the papers' own rule, by which they count
 TRAINED_ON = 600  # demonstrations that trainings take moments from; those after them are measured on
@@ -34,6 +33,7 @@ class Point(NamedTuple):
     design: str
     steps: int  # N
     switch: str  # that it was run under
+    moments: str  # "any" at which the policy looks at the arm, or the "first" of an episode, as `pcm.py` has it
     rule: str
     turn: int  # of the training
     seconds: float  # of one core that the training has taken
@@ -44,25 +44,23 @@ class Point(NamedTuple):
 class Reference(NamedTuple):
     """Mean rounds of a way to sample that needs none of the designs."""
 
-    steps: int
+    steps: int  # N
+    moments: str
     rule: str
     way: str
     rounds: float
 
 
-def held_out(steps: int, after: int = TRAINED_ON, episodes: int = 100) -> Case:
-    """The arm at moments at which its policy looks at it, mid-episode ones too, of demonstrations after so many."""
+def cases(steps: int, after: int = TRAINED_ON, episodes: int = 100) -> dict[str, Case]:
+    """The arm by what its policy sees: "any" moment of so many demonstrations after the first ones, or the "first"."""
     case = Case.of("arm", steps, torch.device("cpu"))
     policy: Any = case.model
     moments = observations(policy, episodes, after)
 
     def draw(seeds: Sequence[int]) -> Given:
-        generators = [torch.Generator().manual_seed(FIRST_SEED + seed) for seed in seeds]
-        shape = 1, HORIZON, len(policy.actions.low)
-        start = torch.cat([torch.randn(*shape, generator=generator) for generator in generators])
-        return Given(start, (moments([FIRST_SEED + seed for seed in seeds])["condition"],))
+        return case.draw(seeds)._replace(condition=(moments(seeds)["condition"],))
 
-    return replace(case, draw=draw)
+    return {"any": replace(case, draw=draw), "first": case}
 
 
 def rounds(case: Case, seeds: range, rule: str, acceleration: Acceleration, pcm: Consistency | None) -> float:
@@ -70,13 +68,15 @@ def rounds(case: Case, seeds: range, rule: str, acceleration: Acceleration, pcm:
     return _mean(case, seeds, *case.sampler(Way(acceleration), pcm=pcm, **RULES[rule]))
 
 
-def references(case: Case, seeds: range) -> list[Reference]:
+def references(arms: dict[str, Case], seeds: range) -> list[Reference]:
     """Every way of `pcm_cases.WAYS`: no training at all, the slope without one, and the PCM that is shipped."""
     found = []
-    for rule, options in RULES.items():
-        found.append(Reference(case.steps, rule, "sequential", float(case.steps)))
+    for moments, rule in [*(("any", rule) for rule in RULES), ("first", PAPER)]:
+        case = arms[moments]
+        found.append(Reference(case.steps, moments, rule, "sequential", float(case.steps)))
         for name, way in case.ways.items():
-            found.append(Reference(case.steps, rule, name, _mean(case, seeds, *case.sampler(way, **options))))
+            mean_rounds = _mean(case, seeds, *case.sampler(way, **RULES[rule]))
+            found.append(Reference(case.steps, moments, rule, name, mean_rounds))
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 _BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
-_PAIRS = range(1)
+_PAIRS = range(500_000_000, 500_000_001)
 
 
 @pytest.fixture
@@ -29,23 +29,30 @@ def tiny(designs):
 
 
 def test_a_killed_design_goes_on_to_the_same_curve(designs, tiny, tmp_path):
-    case = designs.held_out(15, after=2, episodes=1)
-    *_, whole = designs.curve(tiny, case, _PAIRS, tmp_path / "whole", episodes=2)
-    begun = designs.curve(tiny, case, _PAIRS, tmp_path / "killed", episodes=2)
+    arms = designs.cases(15, after=2, episodes=1)
+    *_, whole = designs.curve(tiny, arms, _PAIRS, tmp_path / "whole", episodes=2)
+    begun = designs.curve(tiny, arms, _PAIRS, tmp_path / "killed", episodes=2)
     assert {point.turn for point in next(begun)} == {0, 1}
     begun.close()
-    *_, resumed = designs.curve(tiny, case, _PAIRS, tmp_path / "killed", episodes=2)
+    *_, resumed = designs.curve(tiny, arms, _PAIRS, tmp_path / "killed", episodes=2)
     assert [point._replace(seconds=0) for point in resumed] == [point._replace(seconds=0) for point in whole]
-    assert [point.turn for point in whole if point.rule == designs.PAPER] == [0, 0, 1, 1, 2, 2]  # under two switches
-    assert {point.rule for point in whole} == {"noise 0.1", "relative 1e-2", "relative 1e-3"}
+    by_turn = [point.turn for point in whole if (point.moments, point.rule) == ("any", designs.PAPER)]
+    assert by_turn == [0, 0, 1, 1, 2, 2]  # under two switches
+    assert [(point.moments, point.rule, point.turn) for point in whole if point.switch == "trained"][3:] == [
+        ("any", "relative 1e-2", 2),
+        ("any", "relative 1e-3", 2),
+        ("first", designs.PAPER, 2),
+    ]
     assert all(1 <= rounds <= 15 for point in whole for rounds in (point.plain, point.accelerated))
 
 
 def test_a_design_measured_again_changes_no_other(designs, tmp_path):
     one, other = designs.DESIGNS[:2]
-    before = [designs.Point(design.key, 15, "trained", designs.PAPER, 3, 1.0, 7.0, 6.0) for design in (one, other)]
+    before = [
+        designs.Point(design.key, 15, "trained", "any", designs.PAPER, 3, 1.0, 7.0, 6.0) for design in (one, other)
+    ]
     references = [
-        designs.Reference(15, designs.PAPER, way, rounds) for way, rounds in (("sequential", 15), ("plain", 9))
+        designs.Reference(15, "any", designs.PAPER, way, rounds) for way, rounds in (("sequential", 15), ("plain", 9))
     ]
     results = designs.Results.before(tmp_path / "pcm-designs.json").with_references(15, references, {"command": "a"})
     for design, point in zip((one, other), before, strict=True):
