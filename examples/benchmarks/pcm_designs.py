@@ -5,7 +5,7 @@ until the papers' rule (0.1 of the noise), by plain iteration and by the default
 no training sees. A curve begins with the change that changes nothing. At its end follow the certified rounds, and those
 at an episode's first moment, which is what `pcm.py` measures.
 
-    python examples/benchmarks/pcm_designs.py [--parts references,designs] [--designs NAMES] [--pairs 32]
+    python examples/benchmarks/pcm_designs.py [--parts references-any,designs] [--designs NAMES]
 
 Needs gymnasium and mujoco; on one thread. A training that was killed goes on from its folder in `--work`, a finished
 one there is only measured again. Writes `results/pcm-designs.json` and a picture beside it; what is not named keeps
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -46,7 +47,7 @@ from train_arm_pcm import FROM_SIGNAL, TRAININGS, source
 __all__ = ["DESIGNS", "Design", "Results", "curve"]
 
 _HERE = Path(__file__).parent
-_PARTS = ("references", "designs")
+_PARTS = ("references-any", "references-first", "designs")
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,18 @@ def _design(name: str, steps: int, turns: int, **changes: Any) -> Design:
     return Design(name, replace(TRAININGS[steps], turns=turns, **changes), (None, FROM_SIGNAL[steps]))
 
 
-# The most telling first: the shipped ones, from which all others differ in one thing, in turns and in measurements.
+# The most telling first. All others of an N differ from the shipped one in one thing, in turns and in measurements.
 DESIGNS = (
     _design("one age", 15, 150, measure_every=25),
+    _design("two ages", 15, 40, measure_every=10, ages=2),
+    _design("variance 0.01", 15, 40, measure_every=10, data_variance=0.01),
+    _design("paper objective", 15, 40, measure_every=10, objective="sweep"),
+    _design("full fine-tune", 15, 40, measure_every=10, full=True),
     _design("one age", 100, 120, measure_every=20),
-    _design("two ages", 15, 75, measure_every=15, ages=2),
-    _design("variance 0.01", 15, 75, measure_every=15, data_variance=0.01),
-    _design("paper objective", 15, 75, measure_every=15, objective="sweep"),
-    _design("full fine-tune", 15, 75, measure_every=15, full=True),
-    _design("variance 0.01", 100, 60, measure_every=20, data_variance=0.01),
-    _design("variance 0.05", 15, 75, measure_every=15, data_variance=0.05),
-    _design("variance 0.05", 100, 60, measure_every=20, data_variance=0.05),
-    _design("variance 0.003", 15, 75, measure_every=15, data_variance=0.003),
+    _design("variance 0.01", 100, 30, measure_every=15, data_variance=0.01),
+    _design("variance 0.05", 15, 40, measure_every=10, data_variance=0.05),
+    _design("variance 0.003", 15, 40, measure_every=10, data_variance=0.003),
+    _design("variance 0.05", 100, 30, measure_every=15, data_variance=0.05),
     _design("one age longer", 15, 350, measure_every=50),
 )
 
@@ -91,8 +92,8 @@ DESIGNS = (
 class Results(NamedTuple):
     """What has been measured, in this run and in those before.
 
-    `runs` says of each design (by its key) and of the references ("references 15") which run measured it; `trainings`
-    what each design was trained with, and how far.
+    `runs` says of each design (by its key) and of the references ("references 15 any") which run measured it;
+    `trainings` what each design was trained with, and how far.
     """
 
     points: list[Point]
@@ -120,9 +121,11 @@ class Results(NamedTuple):
             runs={**self.runs, design.key: run},
         )
 
-    def with_references(self, steps: int, found: list[Reference], run: dict[str, Any]) -> Results:
-        others = [row for row in self.references if row.steps != steps]
-        return self._replace(references=others + found, runs={**self.runs, f"references {steps}": run})
+    def with_references(self, found: list[Reference], run: dict[str, Any]) -> Results:
+        """Those of one N and kind of moments, in the place of earlier ones."""
+        steps, moments = found[0][:2]
+        others = [row for row in self.references if row[:2] != (steps, moments)]
+        return self._replace(references=others + found, runs={**self.runs, f"references {steps} {moments}": run})
 
     def as_json(self, run: dict[str, Any]) -> str:
         """The file's text: the last run, where each part comes from, the best of all designs, then every row."""
@@ -209,10 +212,11 @@ def main() -> None:
     run = {**provenance(torch.device("cpu"), ("torch", "diffusers"), command), "pairs": options.pairs}
     options.out.mkdir(parents=True, exist_ok=True)
     results, seeds = Results.before(path), range(FIRST_SEED, FIRST_SEED + options.pairs)
-    for steps in arms if "references" in parts else ():
-        console.print(f"N={steps}: references")
-        results = results.with_references(steps, references(arms[steps], seeds), run)
-        path.write_text(results.as_json(run))
+    for steps, moments in itertools.product(arms, ("any", "first")):
+        if f"references-{moments}" in parts:
+            print(f"N={steps}: references, {moments} moments", flush=True)
+            results = results.with_references(references(arms[steps][moments], moments, seeds), run)
+            path.write_text(results.as_json(run))
     for design in designs if "designs" in parts else ():
         for points in curve(design, arms[design.training.steps], seeds, options.work / design.key):
             results = results.with_design(design, points, run)

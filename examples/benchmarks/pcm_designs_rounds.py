@@ -68,11 +68,10 @@ def rounds(case: Case, seeds: range, rule: str, acceleration: Acceleration, pcm:
     return _mean(case, seeds, *case.sampler(Way(acceleration), pcm=pcm, **RULES[rule]))
 
 
-def references(arms: dict[str, Case], seeds: range) -> list[Reference]:
+def references(case: Case, moments: str, seeds: range) -> list[Reference]:
     """Every way of `pcm_cases.WAYS`: no training at all, the slope without one, and the PCM that is shipped."""
     found = []
-    for moments, rule in [*(("any", rule) for rule in RULES), ("first", PAPER)]:
-        case = arms[moments]
+    for rule in RULES if moments == "any" else (PAPER,):
         found.append(Reference(case.steps, moments, rule, "sequential", float(case.steps)))
         for name, way in case.ways.items():
             mean_rounds = _mean(case, seeds, *case.sampler(way, **RULES[rule]))

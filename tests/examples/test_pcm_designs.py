@@ -54,7 +54,7 @@ def test_a_design_measured_again_changes_no_other(designs, tmp_path):
     references = [
         designs.Reference(15, "any", designs.PAPER, way, rounds) for way, rounds in (("sequential", 15), ("plain", 9))
     ]
-    results = designs.Results.before(tmp_path / "pcm-designs.json").with_references(15, references, {"command": "a"})
+    results = designs.Results.before(tmp_path / "pcm-designs.json").with_references(references, {"command": "a"})
     for design, point in zip((one, other), before, strict=True):
         results = results.with_design(design, [point], {"command": "a"})
     (tmp_path / "pcm-designs.json").write_text(results.as_json({"command": "a"}))
@@ -66,7 +66,7 @@ def test_a_design_measured_again_changes_no_other(designs, tmp_path):
     assert [point for point in after.points if point.design == other.key] == before[1:]
     assert after.references == references
     assert {key: run["command"] for key, run in after.runs.items()} == {
-        "references 15": "a",
+        "references 15 any": "a",
         one.key: "b",
         other.key: "a",
     }
