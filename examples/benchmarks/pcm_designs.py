@@ -76,14 +76,14 @@ def _design(name: str, steps: int, turns: int, **changes: Any) -> Design:
 # The most telling first. All others of an N differ from the shipped one in one thing, in turns and in measurements.
 DESIGNS = (
     _design("one age", 15, 150, measure_every=25),
-    _design("two ages", 15, 40, measure_every=10, ages=2),
-    _design("variance 0.01", 15, 40, measure_every=10, data_variance=0.01),
-    _design("paper objective", 15, 40, measure_every=10, objective="sweep"),
-    _design("full fine-tune", 15, 40, measure_every=10, full=True),
+    _design("two ages", 15, 30, measure_every=10, ages=2),
+    _design("variance 0.01", 15, 30, measure_every=10, data_variance=0.01),
+    _design("paper objective", 15, 30, measure_every=10, objective="sweep"),
+    _design("full fine-tune", 15, 30, measure_every=10, full=True),
     _design("one age", 100, 120, measure_every=20),
     _design("variance 0.01", 100, 30, measure_every=15, data_variance=0.01),
-    _design("variance 0.05", 15, 40, measure_every=10, data_variance=0.05),
-    _design("variance 0.003", 15, 40, measure_every=10, data_variance=0.003),
+    _design("variance 0.05", 15, 30, measure_every=10, data_variance=0.05),
+    _design("variance 0.003", 15, 30, measure_every=10, data_variance=0.003),
     _design("variance 0.05", 100, 30, measure_every=15, data_variance=0.05),
     _design("one age longer", 15, 350, measure_every=50),
 )
