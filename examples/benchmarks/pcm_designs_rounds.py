@@ -70,10 +70,10 @@ def rounds(case: Case, seeds: range, rule: str, acceleration: Acceleration, pcm:
 
 def references(case: Case, moments: str, seeds: range) -> list[Reference]:
     """Every way of `pcm_cases.WAYS`: no training at all, the slope without one, and the PCM that is shipped."""
-    found = []
+    found, ways = [], {**case.ways, "plain, fitted": Way("none", fitted=True)}
     for rule in RULES if moments == "any" else (PAPER,):
         found.append(Reference(case.steps, moments, rule, "sequential", float(case.steps)))
-        for name, way in case.ways.items():
+        for name, way in ways.items():
             mean_rounds = _mean(case, seeds, *case.sampler(way, **RULES[rule]))
             found.append(Reference(case.steps, moments, rule, name, mean_rounds))
     return found
