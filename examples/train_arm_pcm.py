@@ -37,9 +37,12 @@ def source(policy: ActionUNet, episodes: int = 600) -> LoopSource:
     return LoopSource(policy, ddim(), (HORIZON, len(policy.actions.low)), observations(policy, episodes))
 
 
-def observations(policy: ActionUNet, episodes: int) -> Callable[[Sequence[int]], Mapping[str, Tensor]]:
-    """The policy's condition `[seeds, O]`: for each seed one of the moments at which it would look at the arm."""
-    seen = policy.observations.normalise(demonstrations(episodes)[0][:, ::EXECUTED]).flatten(0, 1)
+def observations(policy: ActionUNet, episodes: int, after: int = 0) -> Callable[[Sequence[int]], Mapping[str, Tensor]]:
+    """The policy's condition `[seeds, O]`: for each seed one of the moments at which it would look at the arm.
+
+    Of so many demonstrations, `after` the first ones.
+    """
+    seen = policy.observations.normalise(demonstrations(after + episodes)[0][after:, ::EXECUTED]).flatten(0, 1)
 
     def chosen(seeds: Sequence[int]) -> Mapping[str, Tensor]:
         return {"condition": seen[[int(np.random.default_rng(seed).integers(len(seen))) for seed in seeds]]}

@@ -60,6 +60,26 @@ def pcm_gains() -> str:
     )
 
 
+def pcm_designs() -> str:
+    """What the arm's designs came to at best, from `examples/benchmarks/results/pcm-designs.json`."""
+    found = json.loads((_RESULTS / "pcm-designs.json").read_text())
+    cells, reached = [], {}
+    for moments, steps in (("first", 15), ("any", 15), ("any", 100)):
+        prefix = f"arm N={steps}, {moments} moments, noise 0.1, plain"
+        by_peer = {row["peer_name"]: row for row in found["rows"] if row["name"].startswith(prefix)}
+        over, plain, start = (by_peer.get(peer) for peer in ("sequential", "plain", "its own start"))
+        assert over is not None
+        assert plain is not None
+        reached[moments, steps] = [row["ratio"] >= row["bound"] for row in (over, plain)]
+        before = "" if start is None else f", {start['peer']:.1f} before its training"
+        rounds = f"{over['ours']:.1f} rounds{before}"
+        name = f"{moments} moment, N = {steps}"
+        cells.append(f"{name}: {over['ratio']:.1f}x / {plain['ratio']:.2f}x ({rounds})")
+    assert reached == {("first", 15): [False, False], ("any", 15): [True, True], ("any", 100): [True, True]}
+    turns = [training["turns"] for training in found["trainings"].values()]
+    return f"{len(turns)} designs were trained, {min(turns)} to {max(turns)} turns; the best, {'; '.join(cells)}."
+
+
 def two_sweeps() -> str:
     """How often the arm succeeds after two sweeps and no more, by those rows that the same file has."""
     control = json.loads((_RESULTS / "pcm.json").read_text())["control"]
@@ -175,7 +195,7 @@ def test_serving_is_as_measured() -> None:
         assert one["difference"] == 0 or one["way"] not in ("autoep", "exact") or one["model"] == "folded"
 
 
-@pytest.mark.parametrize("sentence", [pcm_gains, two_sweeps])
+@pytest.mark.parametrize("sentence", [pcm_gains, pcm_designs, two_sweeps])
 def test_a_measured_sentence_is_the_benchmarks(sentence: Callable[[], str]) -> None:
     assert sentence() in " ".join((_ROOT / "README.md").read_text().split())
 
