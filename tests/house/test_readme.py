@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ def pcm_designs() -> str:
     """What the arm's designs came to at best, from `examples/benchmarks/results/pcm-designs.json`."""
     found = json.loads((_RESULTS / "pcm-designs.json").read_text())
     cells, reached = [], {}
-    for moments, steps in (("first", 15), ("any", 15), ("any", 100)):
+    for moments, steps in itertools.product(("first", "any"), (15, 100)):
         prefix = f"arm N={steps}, {moments} moments, noise 0.1, plain"
         by_peer = {row["peer_name"]: row for row in found["rows"] if row["name"].startswith(prefix)}
         over, plain, start = (by_peer.get(peer) for peer in ("sequential", "plain", "its own start"))
@@ -75,7 +76,8 @@ def pcm_designs() -> str:
         rounds = f"{over['ours']:.1f} rounds{before}"
         name = f"{moments} moment, N = {steps}"
         cells.append(f"{name}: {over['ratio']:.1f}x / {plain['ratio']:.2f}x ({rounds})")
-    assert reached == {("first", 15): [False, False], ("any", 15): [True, True], ("any", 100): [True, True]}
+    targets = {("first", 15): [False, False], ("first", 100): [True, False]}  # as the README says it
+    assert reached == targets | {("any", 15): [True, True], ("any", 100): [True, True]}
     turns = [training["turns"] for training in found["trainings"].values()]
     return f"{len(turns)} designs were trained, {min(turns)} to {max(turns)} turns; the best, {'; '.join(cells)}."
 
