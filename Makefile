@@ -37,10 +37,13 @@ test: lint types ## Everything that CI runs: lint, types, all tests but the soak
 test-oldest: setup ## The tests of what the oldest supported releases serve
 	.venv-oldest/bin/$(PYTEST) tests/picard tests/adapters
 
+# What names torchrec; the algorithms beside it are the same on every release.
+TORCHREC_TESTS := $(shell grep -l torchrec tests/dlrm/test_*.py) $(wildcard tests/adapters/test_torchrec*.py)
+
 test-torchrec: setup ## The tests of what stands on torchrec, on its oldest and its newest release
 	for release in 1.7 1.9; do \
 		FORERUN_TORCHREC=$$release PYTHONPATH=$(CURDIR)/.venv-torchrec-$$release \
-		$(BIN)/$(PYTEST) tests/dlrm tests/adapters/test_torchrec*.py || exit; \
+		$(BIN)/$(PYTEST) $(TORCHREC_TESTS) || exit; \
 	done
 
 test-deepspeed: setup ## The tests of what stands on DeepSpeed, on its oldest release
