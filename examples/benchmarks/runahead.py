@@ -1,6 +1,6 @@
 """Time to the first token of a long prompt: one vLLM engine, vLLM's own parallelism, and chains of engines.
 
-    python examples/benchmarks/runahead.py                     # all parts: 25 minutes on two cores
+    python examples/benchmarks/runahead.py                     # all parts: an hour on two cores
     python examples/benchmarks/runahead.py --parts ttft --lengths 1024 2048 --repeats 1
 
 Parts, each of which replaces its own rows in `results/runahead.json`:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from runahead_servers import LOOPBACK
-from runahead_ttft import Paused, Prompts, Settings, Turns, sized
+from runahead_servers import LOOPBACK, Server
+from runahead_ttft import Prompts, Settings, Turns, sized
 
 from forerun.runahead.chain import Chain
 from forerun.runahead.cost import Cost, Link
@@ -55,7 +55,7 @@ def measure_front(settings: Settings, measured: dict[str, Any]) -> dict[str, Any
             for tokens in (64, 256, min(2048, longest)):
                 engine.prefill(prompts(tokens))
 
-        def asked(fronts: Sequence[EngineClient], tokens: int) -> tuple[Sequence[Paused], Callable[[], float]]:
+        def asked(fronts: Sequence[EngineClient], tokens: int) -> tuple[Sequence[Server], Callable[[], float]]:
             times, by_turns = _ASKED if tokens < _LEAST else 1, cycle(fronts)
             return (), lambda: statistics.median(next(by_turns).prefill(prompts(tokens)) for _ in range(times))
 

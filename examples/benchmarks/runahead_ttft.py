@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from runahead_servers import Server
 from transformers import AutoTokenizer
@@ -48,14 +48,6 @@ class Settings:
     repeats: int
 
 
-class Paused(Protocol):
-    """What is off the cores but in its turns."""
-
-    def pause(self) -> None: ...
-
-    def resume(self) -> None: ...
-
-
 class Prompts:
     """Prompts of real text, no two of which begin alike."""
 
@@ -75,7 +67,7 @@ class Turns:
     def __init__(self, repeats: int) -> None:
         self._repeats, self.rows = repeats, list[dict[str, Any]]()
 
-    def take(self, tokens: int, ways: dict[str, tuple[Sequence[Paused], Callable[[], float]]], **more: Any) -> None:
+    def take(self, tokens: int, ways: dict[str, tuple[Sequence[Server], Callable[[], float]]], **more: Any) -> None:
         """Adds a row for each way."""
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(self._repeats if tokens <= 8192 else 1):

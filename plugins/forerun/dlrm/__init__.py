@@ -12,6 +12,7 @@ every table how it is cut into shards and where each lies. Its rating is the lar
                   placement.py what lies where meanwhile, budget.py how long it may go on
     merge.py      co-located tables as one
     exact.py      the best plan, by an integer programme (programme.py), for as long as its deadline allows
+    highs.py      the solver of both, silent
     infeasible.py   what is missing where nothing fits
     diff.py       what changes from one plan to another, and the bytes that move
     report.py     what a plan puts where and how good it is, as a user sees it

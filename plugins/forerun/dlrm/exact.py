@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csc_array
 
+from forerun.dlrm import highs
 from forerun.dlrm.bound import lower_bound
 from forerun.dlrm.infeasible import diagnose
 from forerun.dlrm.merge import merge
@@ -123,12 +124,12 @@ def _run(programme: Programme, least: float, left: float | None, nodes: int | No
     lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = matrix.indptr, matrix.indices, matrix.data
     kinds = [highspy.HighsVarType.kContinuous] + [highspy.HighsVarType.kInteger] * (columns_ - 1)
     lp.integrality_ = kinds
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
-    solver.setOptionValue("output_flag", False)
-    solver.setOptionValue("mip_rel_gap", _CLOSE / 2)
-    solver.setOptionValue("mip_abs_gap", 0.0)
-    solver.setOptionValue("primal_feasibility_tolerance", _TOLERANCE)
-    solver.setOptionValue("mip_feasibility_tolerance", _TOLERANCE)
+    solver = highs.solver(
+        mip_rel_gap=_CLOSE / 2,
+        mip_abs_gap=0.0,
+        primal_feasibility_tolerance=_TOLERANCE,
+        mip_feasibility_tolerance=_TOLERANCE,
+    )
     if left is not None:
         solver.setOptionValue("time_limit", left)
     if nodes is not None:

@@ -8,6 +8,7 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
+from forerun.dlrm import highs
 from forerun.dlrm.patterns import Block, Parts, Pattern, richest
 
 __all__ = ["Master"]
@@ -107,8 +108,7 @@ class Master:
     def _programme(self) -> highspy.Highs:
         """Rows: tables, parts, blocks. Columns: options, and per table what leaves it out."""
         rows = self._tables + len(self._parts.number) + 1
-        solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        solver.setOptionValue("output_flag", False)
+        solver = highs.solver()
         low = np.concatenate([np.ones(self._tables), np.zeros(len(self._parts.number)), [-np.inf]])
         high = np.concatenate([np.ones(self._tables), np.full(rows - self._tables - 1, np.inf), [self._block.count]])
         for lower, upper in zip(low.tolist(), high.tolist(), strict=True):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csc_array
 
+from forerun.dlrm import highs
 from forerun.dlrm.problem import Problem, Spread
 
 __all__ = ["Block", "Parts", "Pattern", "blocks_of", "parts_of", "richest"]
@@ -165,11 +166,7 @@ def _solve(
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = matrix.indptr, matrix.indices, matrix.data
     lp.integrality_ = [highspy.HighsVarType.kInteger] * len(worth)
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
-    solver.setOptionValue("output_flag", False)
-    solver.setOptionValue("mip_rel_gap", 1e-6)
-    solver.setOptionValue("primal_feasibility_tolerance", _LOOSE)
-    solver.setOptionValue("mip_feasibility_tolerance", _LOOSE)
+    solver = highs.solver(mip_rel_gap=1e-6, primal_feasibility_tolerance=_LOOSE, mip_feasibility_tolerance=_LOOSE)
     solver.passModel(lp)
     solver.run()
     info = solver.getInfo()
