@@ -235,6 +235,15 @@ def runahead_links() -> list[str]:
     return rows
 
 
+def runahead_front() -> list[str]:
+    """The table's rows, of what clients wait behind `forerun runahead serve`, in milliseconds."""
+    rows = []
+    for tokens, ways in _runahead("front").items():
+        one, two = ways["one engine"], ways["two engines"]
+        rows.append(f"| {tokens} | {1e3 * one:.0f} | {1e3 * two:.0f} | {one / two:.2f}x |")
+    return rows
+
+
 def runahead_others() -> str:
     """The sentence on chains over TCP, and on pipeline parallelism, which stock vLLM does not run on a CPU."""
     ways = _runahead("others")[4096]
@@ -254,6 +263,7 @@ def runahead_others() -> str:
         training_table,
         runahead_table,
         runahead_links,
+        runahead_front,
         moe_placement_table,
         moe_serving_table,
     ],
@@ -287,6 +297,13 @@ def test_no_planned_case_is_worse_than_torchrecs() -> None:
     measured = json.loads((_RESULTS / "dlrm.json").read_text())["measured"]
     assert all(row["rating"] <= row["peer_rating"] * (1 + 1e-9) for row in measured if row["peer_rating"] is not None)
     assert all(row["bound"] <= row["rating"] * (1 + 1e-9) for row in measured if row["bound"] is not None)
+
+
+def test_short_prompts_wait_no_longer_behind_two_engines() -> None:
+    short = {tokens: ways for tokens, ways in _runahead("front").items() if tokens <= 1024}
+    assert len(short) >= 6
+    for ways in short.values():
+        assert ways["two engines"] <= ways["one engine"] + max(0.03 * ways["one engine"], 0.005)
 
 
 def test_plans_of_whole_tables_are_proven_near_the_best() -> None:
