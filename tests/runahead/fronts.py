@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -32,23 +33,18 @@ def until(holds, seconds, what):
     return found
 
 
-class Served:
-    """A front with two engines of a tiny model."""
+class Front:
+    """A front as a process of its own."""
 
-    def __init__(self, folder, *more):
-        folder = Path(folder)
-        self.log = folder / "front.log"
-        model = make_model(folder / "model")
-        make_tokenizer(model)
-        (folder / "chat.jinja").write_text(TEMPLATE)
-        command = [sys.executable, "-m", "forerun", "runahead", "serve", model, "--engines", "2", "--port", "0"]
-        command += ["--least", str(LEAST), "--logs", str(folder), "--chain-timeout", "60", "--timeout", "120", *more]
-        command += ["--served-model-name", "tiny", "--chat-template", str(folder / "chat.jinja")]
-        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--block-size", str(BLOCK)]
-        settings = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # a core each, as it is by default
-        settings |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    def __init__(self, folder, command, settings):
+        self.log = Path(folder) / "front.log"
         with self.log.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **settings})
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "forerun", "runahead", "serve", *command, "--port", "0"],
+                stdout=file,
+                stderr=file,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", **settings},
+            )
 
     def ready(self):
         def told():
@@ -56,18 +52,10 @@ class Served:
             return re.search(r"at (http://\S+?)/v1:", self.log.read_text())
 
         self.url = until(told, START, "the front serves")[1]
-        found = dict(re.findall(r"engine (\d) is up: (http://\S+)", self.log.read_text()))
-        self.engines = [found[number] for number in sorted(found)]
-        for url in (*self.engines, self.url):  # the first request of an engine is slow
-            self.client(url).completions.create(model="tiny", prompt=words(0, 300), max_tokens=2)
         return self
 
     def client(self, url=None):
         return openai.OpenAI(base_url=f"{url or self.url}/v1", api_key="none", max_retries=0, timeout=180)
-
-    def alone(self, **body):
-        """What one engine answers that has not seen the prompt."""
-        return ask(self.client(self.engines[0]), salt=os.urandom(16).hex(), **body)
 
     def counted(self, pattern, url=None):
         """The sum of all samples of metrics whose line begins so."""
@@ -77,6 +65,55 @@ class Served:
 
     def routed(self, route, why=""):
         return self.counted(rf'forerun:front_requests_total{{route="{route}",why="{why}')
+
+    def close(self):
+        """Ends it as a user does; returns the seconds that it took, and what was left of it."""
+        started = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(30)
+        took = time.monotonic() - began
+        return took, psutil.wait_procs(started, timeout=15)[1]
+
+
+class Served(Front):
+    """A front with two engines of a tiny model."""
+
+    def __init__(self, folder, *more):
+        folder = Path(folder)
+        self.model = make_model(folder / "model")
+        make_tokenizer(self.model)
+        (folder / "chat.jinja").write_text(TEMPLATE)
+        command = [self.model, "--engines", "2"]
+        command += ["--least", str(LEAST), "--logs", str(folder), "--chain-timeout", "60", "--timeout", "120", *more]
+        command += ["--served-model-name", "tiny", "--chat-template", str(folder / "chat.jinja")]
+        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--block-size", str(BLOCK)]
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}  # a core each, as it is by default
+        super().__init__(folder, command, settings)
+
+    def ready(self):
+        super().ready()
+        found = dict(re.findall(r"engine (\d) is up: (http://\S+)", self.log.read_text()))
+        self.engines = [found[number] for number in sorted(found)]
+        for url in (*self.engines, self.url):  # the first request of an engine is slow
+            self.client(url).completions.create(model="tiny", prompt=words(0, 300), max_tokens=2)
+        return self
+
+    def joined(self, folder, *more):
+        """Another front before the same engines."""
+        lines = [server.cmdline() for server in self.servers()]
+        listening = [json.loads(line[line.index("--kv-transfer-config") + 1]) for line in lines]
+        addresses = [told["kv_connector_extra_config"]["listen"] for told in listening]
+        join = [f"--join={url}={address}" for url, address in zip(self.engines, addresses, strict=True)]
+        return Front(folder, [self.model, "--engines", "0", *join, *more], {}).ready()
+
+    def alone(self, **body):
+        """What one engine answers that has not seen the prompt."""
+        return ask(self.client(self.engines[0]), salt=os.urandom(16).hex(), **body)
 
     def servers(self):
         """Processes of the engines' API servers, in the engines' order."""
@@ -92,19 +129,6 @@ class Served:
 
     def is_whole(self):
         return self.counted("forerun:front_engines_up") == 2
-
-    def close(self):
-        """Ends it as a user does; returns the seconds that it took, and what was left of it."""
-        started = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
-        began = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(30)
-        took = time.monotonic() - began
-        return took, psutil.wait_procs(started, timeout=15)[1]
 
 
 def ask(client, *, salt=None, tokens=64, **body):

@@ -106,6 +106,7 @@ def test_one_source_of_costs_is_wanted(run, table, config, tmp_path):
         (["--engines", "100000"], "cores for 100000 engines of 1: take fewer engines"),
         (["--kv-transfer-config", "{}"], "--kv-transfer-config is set for each engine"),
         (["--cores", "0|0"], "one is named twice"),
+        (["--refined", "table.json"], "--refined keeps a refined --table"),
     ],
 )
 def test_serve_says_what_is_wrong(arguments, message, monkeypatch):

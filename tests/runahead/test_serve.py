@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -17,7 +18,10 @@ import openai
 from engines import TOLERANCE, prompt
 from fronts import BLOCK, START, Served, ask, streamed, text_of, until, words
 
+from forerun.runahead.chain import Chain
+from forerun.runahead.cost import Cost, Link
 from forerun.runahead.prefixes import digest
+from forerun.runahead.table import Table, make_table
 
 pytestmark = pytest.mark.timeout(1800)
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
@@ -160,6 +164,27 @@ def test_the_rest_is_one_server_too(served, client):
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"{served.url}/no/such/path", timeout=10)
     assert served.counted(r"vllm:cache_config_info\{runahead_engine=\"[01]\"") == 2
+
+
+def test_a_measured_table_follows_what_contexts_take(served, tmp_path):
+    """A second front before the same engines, by a table of much slower ones."""
+    guess = Chain(Cost(0.01, 1e-2, 0, 0), Link(math.inf), 2, 1024)
+    table = make_table(guess, [256, 1024, 2048], 2, model=served.model, hardware="h", block=BLOCK)
+    table.save(tmp_path / "table.json")
+    kept = tmp_path / "refined.json"
+    front = served.joined(tmp_path, "--table", str(tmp_path / "table.json"), "--refined", str(kept))
+    try:
+        assert front.counted("forerun:front_table_refinements") == 0
+        for i in range(16):
+            body = {"prompt": words(500 + i, 400 + 64 * i), "tokens": 2}
+            assert text_of(ask(front.client(), **body)) == text_of(served.alone(**body))
+        assert front.routed("chain") == 16
+        until(lambda: front.counted("forerun:front_table_refinements") == 1, 60, "the table is refined")
+        refined = Table.load(kept)
+        assert [one.tokens for one in refined.computes] == [table.split(400 + 64 * i).contexts[0] for i in range(16)]
+        assert refined.chain.single(2000) < guess.single(2000) / 2
+    finally:
+        assert front.close()[1] == []
 
 
 def test_eight_at_once_are_the_same_as_alone(served, client, before):

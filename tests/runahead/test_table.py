@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forerun.runahead.chain import Chain
-from forerun.runahead.cost import Compute, Cost, Link, Transfer, fit_cost, fit_link
+from forerun.runahead.cost import Compute, Cost, Link, corrected, fit_cost
 from forerun.runahead.partition import search
 from forerun.runahead.table import Row, Table, make_table
 
@@ -55,15 +55,25 @@ def test_what_was_not_measured_costs_nothing():
     assert fit_cost([Compute(n, 0, float(TRUE(n))) for n in (64, 512, 4096)]).per_past == 0
 
 
-def test_a_link_is_found_again():
-    link = fit_link([Transfer(size, 1e-4 + size / 2e9) for size in (1000, 10**6, 10**8)])
-    assert (link.bandwidth, link.latency) == (pytest.approx(2e9), pytest.approx(1e-4))
+def test_a_cost_is_corrected_in_its_two_parts():
+    now = Cost(3 * TRUE.fixed, 3 * TRUE.per_token, 10 * TRUE.per_past, 10 * TRUE.per_pair)
+    found = corrected(TRUE, measured(now, 0.02) * 4)
+    for n, past in GRID:
+        assert found(n, past) == pytest.approx(now(n, past), rel=0.05)
+
+
+def test_contexts_of_one_length_correct_both_parts():
+    found = corrected(TRUE, [Compute(4096, 0, 2 * float(TRUE(4096)))] * 32)
+    assert found(4096) == pytest.approx(2 * TRUE(4096), rel=0.02)
+    assert found.per_token == pytest.approx(2 * TRUE.per_token, rel=0.02)
 
 
 @pytest.mark.parametrize("samples", [[], [Compute(0, 0, 1.0)], [Compute(1, 0, 0.0)], [Compute(1, 0, math.nan)]])
 def test_what_is_no_measurement_is_refused(samples):
     with pytest.raises(ValueError, match="measurement"):
         fit_cost(samples)
+    with pytest.raises(ValueError, match="measurement"):
+        corrected(TRUE, samples)
 
 
 def test_a_row_is_the_search(table):
@@ -90,23 +100,18 @@ def test_between_rows_little_is_lost(table, tokens):
 
 def test_measurements_refine_the_rows(table):
     """A machine whose attention is ten times as slow as the table has it: the splits move towards the new best."""
-    slow = Cost(TRUE.fixed, TRUE.per_token, TRUE.per_past, 10 * TRUE.per_pair)
-    refined = table.refined(measured(slow), [Transfer(size, size / 1e9) for size in (10**5, 10**7)])
-    truth = Chain(slow, Link(1e9), 12, 8192)
+    slow = Cost(TRUE.fixed, TRUE.per_token, 10 * TRUE.per_past, 10 * TRUE.per_pair)
+    refined = table.refined(measured(slow) * 4)
+    truth = Chain(slow, table.chain.link, 12, 8192)
     for tokens in (4096, 16384):
         best = search(truth, tokens, 3, block=16, slack=0)
         assert float(truth.ttft(refined.split(tokens).contexts)) == pytest.approx(best.ttft, rel=1e-3)
         assert float(truth.ttft(table.split(tokens).contexts)) > best.ttft * 1.01
-    assert refined.chain.link.bandwidth == pytest.approx(1e9)
-    assert len(refined.refined(measured(slow) * 40).computes) == 256
-
-
-def test_without_measurements_a_table_stays(table):
-    assert table.refined() == table
+    assert refined.chain.link == table.chain.link
 
 
 def test_a_saved_table_is_the_same(table, tmp_path):
-    kept = table.refined(measured(TRUE, 0.01), [Transfer(1000, 1e-3)])
+    kept = table.refined(measured(TRUE, 0.01))
     for one in (table, kept, make_table(Chain(TRUE, Link(math.inf), 2, 4), [10], 2, model="m", hardware="h")):
         one.save(tmp_path / "table.json")
         assert Table.load(tmp_path / "table.json") == one
@@ -130,7 +135,7 @@ def test_a_save_that_fails_leaves_what_was_there(table, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda fields: fields.update(version=2), "version 2; this release reads version 1"),
+        (lambda fields: fields.update(version=1), "version 1; this release reads version 2"),
         (lambda fields: fields.update(rows=[]), "at least one"),
         (lambda fields: fields.pop("chain"), "chain"),
         (lambda fields: fields["rows"][0].update(contexts=[1, 2]), "add up to 3"),

@@ -4,11 +4,12 @@ The prompt is split into contexts, later ones shorter. All engines start togethe
 values of all tokens before its own from the engine before it, sends them on with its own, and attends. The last engine
 gives the first token and holds the whole cache, so it decodes on.
 
-    cost.py       what a context and a transfer take, fitted to measured times
+    cost.py       what a context takes, fitted to measured times
     shape.py      a model's sizes: bytes of keys and values, arithmetic
     chain.py      when every engine of a chain does what (the recurrence)
     partition.py  the split whose first token comes soonest, one engine included
-    table.py      splits kept per model, hardware and number of engines; prompts between rows; refinement
+    table.py      splits kept per model, hardware and number of engines; prompts between rows
+    refining.py   a table corrected by what contexts take while it serves
     engine_client.py, calibrate.py, tuning.py   engines measured over their API, and the table that follows
     rehearsal.py  a chain of engines that sleep where they would compute
     traffic.py    bytes and dot products by formula

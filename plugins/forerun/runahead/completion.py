@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from forerun.runahead.asking import COMPLETIONS, Ask
+from forerun.runahead.cost import Compute
 from forerun.runahead.counts import Counts
 from forerun.runahead.engine import Engine, EngineLost
 from forerun.runahead.fleet import Fleet
 from forerun.runahead.prefixes import block_keys, digest, token_bytes
+from forerun.runahead.refining import Refiner
 from forerun.runahead.relaying import Begun, begin, finish, onward
 from forerun.runahead.routing import Route, Router
 
@@ -35,16 +37,23 @@ class Completion:
     """A client's request for one.
 
     Args:
-        fleet, router, counts: The front's.
+        fleet, router, counts, refiner: The front's.
         request: As it came.
         raw: Its body.
         ask: What that means.
     """
 
     def __init__(
-        self, fleet: Fleet, router: Router, counts: Counts, request: web.Request, raw: bytes, ask: Ask
+        self,
+        fleet: Fleet,
+        router: Router,
+        counts: Counts,
+        refiner: Refiner | None,
+        request: web.Request,
+        raw: bytes,
+        ask: Ask,
     ) -> None:
-        self._fleet, self._router, self._counts = fleet, router, counts
+        self._fleet, self._router, self._counts, self._refiner = fleet, router, counts, refiner
         self._request, self._raw, self._ask = request, raw, ask
         self._headers = onward(request.headers)
         self._json = self._headers.copy()
@@ -127,7 +136,7 @@ class Completion:
         bodies, starts = self._bodies(route, engines), (route.cached, *route.ends)
         loads = [end - start for start, end in zip(starts, route.ends, strict=False)]
         stages = [
-            asyncio.create_task(self._stage(engine, bodies[i], loads[i], route.ends[i]))
+            asyncio.create_task(self._stage(engine, bodies[i], loads[i], route.ends[i], first=i == 0))
             for i, engine in enumerate(engines[:-1])
         ]
         with engines[-1].busy(loads[-1], route.ttft) as prefilled:
@@ -151,12 +160,14 @@ class Completion:
         self._counts.errors.inc()
         _logger.warning("an answer breaks off: %s", lost)
 
-    async def _stage(self, engine: Engine, body: bytes, tokens: int, end: int) -> None:
+    async def _stage(self, engine: Engine, body: bytes, tokens: int, end: int, *, first: bool) -> None:
         """Has an engine that is not the last compute its context.
 
         Raises:
             _StageLost: It does not.
         """
+        idle = engine.decoding == 0 and engine.prefixes.match(self._keys) * self._size == end - tokens
+        began, turn = time.monotonic(), engine.asked + 1
         try:
             with engine.busy(tokens, engine.patience):
                 async with engine.ask("POST", COMPLETIONS, self._json, body) as response:
@@ -166,6 +177,8 @@ class Completion:
         except EngineLost as lost:
             self._counts.stages.inc()
             raise _StageLost(str(lost)) from lost
+        if self._refiner is not None and first and idle and engine.asked == turn:
+            self._refiner.note(Compute(tokens, end - tokens, time.monotonic() - began))
         engine.prefixes.add(self._keys[: end // self._size])
 
     def _bodies(self, route: Route, engines: Sequence[Engine]) -> list[bytes]:

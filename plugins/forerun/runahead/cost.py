@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
-__all__ = ["Compute", "Cost", "Link", "Transfer", "fit_cost", "fit_link"]
+__all__ = ["Compute", "Cost", "Link", "corrected", "fit_cost"]
 
 Array = NDArray[np.float64]
+
+_HELD = 0.1  # of a measurement's weight
 
 
 class Compute(NamedTuple):
@@ -25,13 +27,6 @@ class Compute(NamedTuple):
 
     tokens: int  # computed
     past: int  # before them, in the cache already
-    seconds: float
-
-
-class Transfer(NamedTuple):
-    """One measured transfer."""
-
-    bytes: int
     seconds: float
 
 
@@ -108,15 +103,21 @@ def fit_cost(measured: Sequence[Compute]) -> Cost:
     return Cost(*map(float, _fit(terms, seconds)))
 
 
-def fit_link(measured: Sequence[Transfer]) -> Link:
-    """The link whose relative errors' squares are least.
+def corrected(cost: Cost, measured: Sequence[Compute]) -> Cost:
+    """The cost with its linear part scaled and its attention scaled, by factors that fit later measurements.
+
+    Two factors, held weakly near the one by which all times are off: where contexts of one length alone were measured,
+    which cannot tell the two apart, both are that.
 
     Raises:
         ValueError: Nothing was measured, or a sample is no measurement.
     """
-    size, seconds = _columns(measured, "bytes, seconds")
-    latency, per_byte = map(float, _fit(np.stack([np.ones_like(size), size], 1), seconds))
-    return Link(1 / per_byte if per_byte > 0 else math.inf, latency)
+    n, past, seconds = _columns(measured, "tokens, past, seconds")
+    parts = np.stack([cost.linear(n), cost.attention(n, past)], 1) / seconds[:, None]
+    off = float(np.median(1 / parts.sum(1)))
+    wanted = np.append(np.ones(len(n)), [_HELD, _HELD])
+    linear, attention = map(float, off * nnls(np.vstack([off * parts, _HELD * np.eye(2)]), wanted)[0])
+    return Cost(cost.fixed * linear, cost.per_token * linear, cost.per_past * attention, cost.per_pair * attention)
 
 
 def _fit(terms: Array, seconds: Array) -> Array:

@@ -34,6 +34,7 @@ class Counts:
         )
         self.seen = Summary(name("ttft_seconds"), "Time to first byte as seen.", labels, registry=registry)
         self.up = Gauge(name("engines_up"), "Engines that answer.", registry=registry)
+        self.refined = Gauge(name("table_refinements"), "Times the table of splits was refined.", registry=registry)
         self.restarts = Gauge(name("engine_restarts"), "Times an engine was started again.", registry=registry)
 
     def text(self) -> str:

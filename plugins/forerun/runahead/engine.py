@@ -45,6 +45,7 @@ class Engine:
     is_up: bool = False
     prefill: int = 0  # tokens asked for and not computed yet
     decoding: int = 0
+    asked: int = 0  # prefills, since the beginning
     block: int = 0
     misses: int = 0
     session: aiohttp.ClientSession | None = None
@@ -63,6 +64,7 @@ class Engine:
 
         self.prefill += tokens
         self.decoding += 1
+        self.asked += 1
         timer = asyncio.get_running_loop().call_later(seconds, done)
         try:
             yield done

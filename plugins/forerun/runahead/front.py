@@ -17,6 +17,7 @@ from forerun.runahead.completion import Completion
 from forerun.runahead.counts import Counts, merge
 from forerun.runahead.engine import Engine, EngineLost
 from forerun.runahead.fleet import Fleet
+from forerun.runahead.refining import Refiner
 from forerun.runahead.relaying import begin, error_response, finish, onward
 from forerun.runahead.routing import Router
 
@@ -34,10 +35,11 @@ class Front:
     Args:
         fleet: The engines.
         router: Chooses among them.
+        refiner: Of the router's table; None: it stays as it is.
     """
 
-    def __init__(self, fleet: Fleet, router: Router) -> None:
-        self._fleet, self._router, self._counts = fleet, router, Counts()
+    def __init__(self, fleet: Fleet, router: Router, refiner: Refiner | None = None) -> None:
+        self._fleet, self._router, self._refiner, self._counts = fleet, router, refiner, Counts()
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=_BODY)
@@ -63,6 +65,7 @@ class Front:
         texts = await asyncio.gather(*map(ask, engines))
         self._counts.up.set(len(engines))
         self._counts.restarts.set(self._fleet.restarts)
+        self._counts.refined.set(self._refiner.refined if self._refiner is not None else 0)
         whole = merge({str(engine.number): text for engine, text in zip(engines, texts, strict=True)})
         return web.Response(text=self._counts.text() + whole, content_type="text/plain", charset="utf-8")
 
@@ -82,7 +85,8 @@ class Front:
         try:
             raw = await _body(request)
             ask = read_ask(request.path, raw)
-            return await Completion(self._fleet, self._router, self._counts, request, raw, ask).answer()
+            front = (self._fleet, self._router, self._counts, self._refiner)
+            return await Completion(*front, request, raw, ask).answer()
         except EngineLost as lost:
             return self._failed(lost)
         except (asyncio.CancelledError, ConnectionResetError):

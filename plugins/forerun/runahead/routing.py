@@ -70,12 +70,20 @@ class Router:
             raise ValueError(f"the least prompt of a chain is {least}; expected 1 token or more")
         self._table, self._engines = replace(table, block=lcm(block, table.block)), engines
         self._tables = {engines: self._for(engines)} if engines > 1 else {}
-        self.least = self._least(self._for(engines)) if least is None else least
+        self._told, self.least = least, self._least(self._for(engines)) if least is None else least
 
     def complete(self) -> None:
         """Searches splits for fewer engines too, for when some are down or busy; no chains of so many before."""
         for count in range(self._engines - 1, 1, -1):
             self._tables[count] = self._for(count)
+
+    def with_table(self, table: Table) -> Router:
+        """The same for another table, of the same engines."""
+        return Router(table, self._engines, self._table.block, self._told)
+
+    def become(self, other: Router) -> None:
+        """Routes as the other does from now on."""
+        self._table, self._tables, self.least = other._table, other._tables, other.least
 
     def route(self, standings: Sequence[Standing], tokens: int, *, alone: bool = False) -> Route:
         """Engines for a prompt of so many tokens, or one engine that answers it alone; of equals the first.

@@ -27,6 +27,9 @@ def serve(
         typer.Option(metavar="URL=HOST:PORT", help="An engine that runs; its connector."),
     ] = None,
     table: Annotated[Path | None, typer.Option(help="Measured splits, by `forerun runahead tune`.")] = None,
+    refined: Annotated[
+        Path | None, typer.Option(help="Keep the table here as requests refine it (the same file: in its place).")
+    ] = None,
     least: Annotated[int | None, typer.Option(help="Tokens of a prompt below which no chain is tried.")] = None,
     host: Annotated[str, typer.Option(help="That clients come to.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="That clients come to.")] = 8000,
@@ -62,6 +65,8 @@ def serve(
             raise ValueError(f"--engines is {engines}; expected 1 or more, or 0 with --join")
         if engines == 0 and context.args:
             raise ValueError(f"{context.args} are for engines started here, and --engines is 0")
+        if refined is not None and table is None:
+            raise ValueError("--refined keeps a refined --table: give one, by `forerun runahead tune`")
         measured = Table.load(table) if table is not None else None
         if measured is not None:
             check_table(measured, model)
@@ -92,6 +97,7 @@ def serve(
                     own,
                     model=model,
                     table=measured,
+                    refined=refined,
                     least=least,
                     timeout=timeout,
                     patience=start_timeout,

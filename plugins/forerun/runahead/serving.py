@@ -17,6 +17,7 @@ from aiohttp import web
 from forerun.runahead.engines import Endpoint, Engines
 from forerun.runahead.fleet import Fleet
 from forerun.runahead.front import Front
+from forerun.runahead.refining import Refiner
 from forerun.runahead.routing import Router, guess_table
 from forerun.runahead.table import Table
 
@@ -78,6 +79,7 @@ async def serve(
     *,
     model: str,
     table: Table | None,
+    refined: Path | None,
     least: int | None,
     timeout: float,
     patience: float,
@@ -90,7 +92,8 @@ async def serve(
         endpoints: Of all engines.
         engines: Those of them that are child processes.
         model: That they serve.
-        table: Of it.
+        table: Of it; what requests take refines it.
+        refined: Where the refined table is kept; None: nowhere.
         least: Tokens of a prompt below which no chain is tried.
         timeout: Seconds that an engine may be silent in the middle of a request.
         patience: Seconds in which all engines have to be up.
@@ -109,7 +112,7 @@ async def serve(
             return
         router, told = await asyncio.to_thread(_router, table, len(endpoints), fleet.engines[0].block, least, model)
         threading.Thread(target=router.complete, daemon=True).start()  # which takes long for many engines
-        app = Front(fleet, router).app()
+        app = Front(fleet, router, Refiner(router, table, refined) if table is not None else None).app()
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE)
         await runner.setup()
         await web.SockSite(runner, listening, backlog=1024).start()

@@ -1,7 +1,7 @@
 """Splits kept: a table per model, hardware and number of engines, a row per prompt length, on disk as JSON.
 
-A prompt between two rows gets shares between theirs (the paper's KVR-P). Measured times of later runs refine the model
-of the chain, and with it the rows.
+A prompt between two rows gets shares between theirs (the paper's KVR-P). Measured times of later contexts correct the
+cost of one, and with it the rows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import numpy as np
 
 from forerun.files import write_whole
 from forerun.runahead.chain import Chain, check_contexts
-from forerun.runahead.cost import Compute, Cost, Link, Transfer, fit_cost, fit_link
+from forerun.runahead.cost import Compute, Cost, Link, corrected
 from forerun.runahead.partition import Split, search
 
 __all__ = ["VERSION", "Row", "Table", "make_table"]
 
-VERSION = 1  # of the file
-_KEPT = 256  # measurements of a kind, the latest
+VERSION = 2  # of the file
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Table:
         rows: One or more, by prompt length.
         block: Contexts begin at multiples of so many tokens.
         slack: As `forerun.runahead.partition.search`.
-        computes: Measured prefills that the cost was fitted to.
-        transfers: Measured transfers that the link was fitted to.
+        computes: Measured prefills that the cost was fitted to, or corrected by.
 
     Raises:
         ValueError: There is no row, two are of one length, or one has more contexts than there are engines.
@@ -65,7 +63,6 @@ class Table:
     block: int = 1
     slack: float = 0.01
     computes: tuple[Compute, ...] = ()
-    transfers: tuple[Transfer, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = [row.tokens for row in self.rows]
@@ -91,21 +88,16 @@ class Table:
                 best = Split(contexts, ttft, single)
         return best
 
-    def refined(self, computes: Iterable[Compute] = (), transfers: Iterable[Transfer] = ()) -> Table:
-        """The table after more measurements: model fitted anew to the latest ones, rows searched anew.
+    def refined(self, computes: Iterable[Compute]) -> Table:
+        """The table with its cost corrected by measurements, its rows searched anew; the link stays.
 
         Raises:
-            ValueError: A sample is no measurement.
+            ValueError: Nothing was measured, or a sample is no measurement.
         """
-        measured = (*self.computes, *computes)[-_KEPT:]
-        moved = (*self.transfers, *transfers)[-_KEPT:]
-        chain = replace(
-            self.chain,
-            cost=fit_cost(measured) if measured else self.chain.cost,
-            link=fit_link(moved) if moved else self.chain.link,
-        )
+        measured = tuple(computes)
+        chain = replace(self.chain, cost=corrected(self.chain.cost, measured))
         rows = _rows(chain, [row.tokens for row in self.rows], self.engines, self.block, self.slack)
-        return replace(self, chain=chain, rows=rows, computes=measured, transfers=moved)
+        return replace(self, chain=chain, rows=rows, computes=measured)
 
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON; a file that is there is replaced by a whole one or stays."""
@@ -132,7 +124,6 @@ class Table:
             fields["chain"] = Chain(**{**chain, "cost": Cost(**chain["cost"]), "link": Link(**link)})
             fields["rows"] = tuple(Row(row["tokens"], tuple(row["contexts"])) for row in fields["rows"])
             fields["computes"] = tuple(Compute(*sample) for sample in fields["computes"])
-            fields["transfers"] = tuple(Transfer(*sample) for sample in fields["transfers"])
             return cls(**fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a table written by forerun runahead: {error}") from error
@@ -159,7 +150,6 @@ def make_table(
     block: int = 1,
     slack: float = 0.01,
     computes: Iterable[Compute] = (),
-    transfers: Iterable[Transfer] = (),
 ) -> Table:
     """A table with the best split found for each prompt length.
 
@@ -167,7 +157,7 @@ def make_table(
         ValueError: As `Table` and `forerun.runahead.partition.search`.
     """
     rows = _rows(chain, sorted(set(lengths)), engines, block, slack)
-    return Table(model, hardware, engines, chain, rows, block, slack, tuple(computes), tuple(transfers))
+    return Table(model, hardware, engines, chain, rows, block, slack, tuple(computes))
 
 
 def _rows(chain: Chain, lengths: Sequence[int], engines: int, block: int, slack: float) -> tuple[Row, ...]:
