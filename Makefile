@@ -15,7 +15,7 @@ export FORERUN_ROUTING_DATA ?= $(abspath $(ROUTING_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-oldest test-torchrec test-vllm test-deepspeed soak demo wheel clean
+.PHONY: help setup lint types test test-oldest test-torchrec test-vllm test-sglang test-deepspeed soak demo wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ types: setup ## Check the types
 
 test: lint types ## Everything that CI runs: lint, types, all tests but the soak's
 	$(BIN)/$(PYTEST)
-	@$(MAKE) --no-print-directory test-oldest test-torchrec test-vllm
+	@$(MAKE) --no-print-directory test-oldest test-torchrec test-vllm test-sglang
 
 test-oldest: setup ## The tests of what the oldest supported releases serve
 	.venv-oldest/bin/$(PYTEST) tests/picard tests/adapters
@@ -55,6 +55,12 @@ VLLM_OLDEST := FORERUN_VLLM=0.28 PYTHONPATH=$(CURDIR)/.venv-vllm-0.28
 
 test-vllm: setup ## The tests of what stands on vLLM, on its oldest release: its contracts, and chains of engines
 	$(VLLM_OLDEST) $(BIN)/$(PYTEST) tests/runahead/test_vllm_cached.py tests/adapters/test_vllm.py
+
+# SGLang's pins are not the other hosts': its tests run in an environment of its own, one server at a time.
+SGLANG := SGLANG_USE_CPU_ENGINE=1 TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/hosts/sglang_shims
+
+test-sglang: setup ## The tests of what stands on SGLang, in its own environment
+	$(SGLANG) .venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
 
 soak: setup ## The tests at full counts, which takes long: tests/results/soak.txt, soak-vllm.txt
 	@$(MAKE) --no-print-directory test-deepspeed

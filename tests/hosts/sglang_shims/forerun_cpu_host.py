@@ -1,0 +1,45 @@
+"""What SGLang lacks on a CPU without its kernels: a plugin of the tests' servers, with forerun or without.
+
+- The experts' native forward pass takes global expert numbers. Under expert parallelism it is given local ones, and -1
+  for experts elsewhere, which only its kernels know.
+- `torch.cpu.empty_cache`, which moving experts asks for.
+- The value that the native attention backend fills the lengths of padding with.
+
+Remove each when SGLang runs expert parallelism on any CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Called by SGLang in each process."""
+    import torch
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _experts, HookType.REPLACE)
+    if not hasattr(torch.cpu, "empty_cache"):
+        torch.cpu.empty_cache = lambda: None  # type: ignore[attr-defined]
+    for name in ("get_cpu_graph_seq_len_fill_value", "get_cuda_graph_seq_len_fill_value"):
+        setattr(TorchNativeAttnBackend, name, lambda self: 1)
+
+
+def _experts(layer: Any, hidden: Any, routed: Any, config: Any) -> Any:
+    """`[n, H]` each token's weighted sum over its experts that are here, in the experts' order."""
+    import torch
+    from torch.nn import functional
+
+    weight, expert, _ = routed
+    total = torch.zeros_like(hidden)
+    for here in range(layer.w13_weight.shape[0]):
+        token, slot = (expert == here).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        gate, up = functional.linear(hidden[token], layer.w13_weight[here]).chunk(2, -1)
+        answer = functional.linear(functional.silu(gate) * up, layer.w2_weight[here])
+        total.index_add_(0, token, answer * weight[token, slot].unsqueeze(-1).to(hidden.dtype))
+    return total
