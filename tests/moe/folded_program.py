@@ -41,6 +41,13 @@ def folded(model, tensor_parallel, ranks, **sections):
     return engine
 
 
+def decided(module):
+    """Of each size of batches that has been tried, whether tokens are shuffled."""
+    shuffles = [part.forerun_shuffle for part in module.modules() if hasattr(part, "forerun_shuffle")]
+    sizes = shuffles[0].foresight._trial._sizes
+    return {size: entry.ours for size, entry in sizes.items() if entry.ours is not None}
+
+
 def main(family, tensor_parallel, rank, ranks, store):
     join(rank, ranks, store)
     bare = tiny(family)
@@ -83,15 +90,27 @@ def main(family, tensor_parallel, rank, ranks, store):
         unspeculate(engine)
         assert_same_weights(module, before)
         assert [type(part) for part in module.modules()] == kinds
-    for settings in ({"trial": 1}, {"count": True}):
-        with pytest.raises(ValueError, match="a part of the tokens"):
-            speculate(engine, **settings)
+    with pytest.raises(ValueError, match="a part of the tokens"):
+        speculate(engine, count=True)
+    speculate(engine, plan, trial=3)
+    logits, tokens = answers(engine, module, ids)
+    assert torch.equal(tokens, said)
+    with torch.no_grad():
+        for _ in range(8):
+            assert (engine(ids).logits - stock).abs().max() <= 1e-4 * stock.abs().max()
+    kept = decided(module)
+    assert len(kept) == 2  # of batches like the prompt, and of single tokens
+    told = [None] * ranks
+    dist.all_gather_object(told, kept)
+    mine = rank // tensor_parallel * tensor_parallel
+    assert all(one == kept for one in told[mine : mine + tensor_parallel])
+    unspeculate(engine)
     with torch.no_grad():
         assert torch.equal(engine(ids).logits, stock)
     register()
     configured = folded(tiny(family), tensor_parallel, ranks, speculative_moe={"enabled": True})
     unregister()
-    assert all(layer.forerun_state.trial is None for _, _, layer in host.layers(configured.module))
+    assert all(layer.forerun_state.trial is None for _, _, layer in host.layers(configured.module))  # shuffles alone
     with torch.no_grad():
         assert (configured(ids).logits - stock).abs().max() <= 1e-4 * stock.abs().max()
     dist.barrier()

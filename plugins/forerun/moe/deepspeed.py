@@ -65,7 +65,9 @@ def speculate(
             False: tokens are split in their order. See `forerun.moe.deepspeed_shuffle`.
         count: Goes on with a routing profile while the model runs: see `counts`.
         trial: The first so many calls of each layer are run both ways, and if ours takes no less time, all ranks go
-            back to stock's and say so. 0: never. Not where attention is tensor-parallel, nor is `count`.
+            back to stock's and say so. 0: never. Where attention is tensor-parallel it is the shuffle that is tried:
+            of each size of batches so many are shuffled, so many are not, and the sooner way is kept. `count` is not
+            for such models.
 
     Raises:
         ValueError: The model has no expert-parallel layer, one of settings that only stock serves, is speculated
@@ -82,7 +84,7 @@ def speculate(
     for _, name, layer in found:
         if hasattr(layer, "forerun_state"):
             raise ValueError(f"{name} is speculated already: apply(model, plan) another plan, or unspeculate(model)")
-        reason = host.obstacle(layer) or obstacle(module, name, layer) or _partial(layer, count, trial)
+        reason = host.obstacle(layer) or obstacle(module, name, layer) or _partial(layer, count)
         if reason is not None:
             raise ValueError(f"{name} cannot be speculated: {reason}")
     group = found[0].layer.ep_group
@@ -95,7 +97,7 @@ def speculate(
     if counter is not None:
         found[0].layer.forerun_state.hooks += counter.hooks(module)
     _place(module, plan)
-    _shuffle(module, plan)
+    _shuffle(module, plan, trial)
     _try(module, trial)
 
 
@@ -124,12 +126,9 @@ def apply(model: Any, plan: Plan | None, *, layers_a_step: int | None = None, tr
         raise ValueError(f"layers_a_step is {layers_a_step}; expected 1 or more, or None for all at once")
     for layer in layers:
         refuse_torn(layer)
-        reason = _partial(layer, False, trial)
-        if reason is not None:
-            raise ValueError(f"{layer.forerun_state.name} cannot be tried: {reason}")
     agree(_misfit(module, plan), _told(plan, layers_a_step, trial), layers[0].ep_group)
     _place(module, plan, layers_a_step)
-    _shuffle(module, plan)
+    _shuffle(module, plan, trial)
     _try(module, trial)
 
 
@@ -212,13 +211,13 @@ def _misfit(module: Any, plan: Plan | None, *, counted: bool = False) -> str | N
     return None
 
 
-def _partial(layer: Any, count: bool, trial: int) -> str | None:
+def _partial(layer: Any, count: bool) -> str | None:
     """Why a layer that sees but a part of the tokens is not asked for this."""
-    if not (count or trial) or not folded(layer):
+    if not count or not folded(layer):
         return None
     return (
-        "where attention is tensor-parallel a layer is given a part of the tokens: no trial (trial=0), and no count "
-        "(count=False; profile the model beforehand)"
+        "where attention is tensor-parallel a layer is given a part of the tokens: no count (count=False; profile the "
+        "model beforehand)"
     )
 
 
@@ -236,18 +235,18 @@ def _place(module: Any, plan: Plan | None, layers_a_step: int | None = None) -> 
             lay(layer, order)
 
 
-def _shuffle(module: Any, plan: Plan | None) -> None:
+def _shuffle(module: Any, plan: Plan | None, trial: int) -> None:
     unshuffle_tokens(module)
     layers = speculated(module)
     found = [(layer.forerun_state.name, layer) for layer in layers]
-    looked_at = shuffle_tokens(module, found, plan if layers[0].forerun_state.shuffle else None)
+    looked_at = shuffle_tokens(module, found, plan if layers[0].forerun_state.shuffle else None, trial)
     for layer in layers:
         layer.forerun_state.looked_at = looked_at
 
 
 def _try(module: Any, calls: int) -> None:
-    layers = speculated(module)
-    trial = Trial(layers, calls, lambda: unspeculate(module)) if calls else None
+    layers = [layer for layer in speculated(module) if not folded(layer)]
+    trial = Trial(layers, calls, lambda: unspeculate(module)) if calls and layers else None
     for layer in layers:
         layer.forerun_state.trial = trial
 

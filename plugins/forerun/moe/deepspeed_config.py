@@ -10,8 +10,8 @@
     exact     true       bit for bit stock's result
     count     false      go on with a routing profile
     shuffle   true       tokens go where the plan expects their experts, where attention is tensor-parallel
-    trial     8          calls of each layer run both ways before all ranks decide which way is kept; 0: ours is, as
-                         where attention is tensor-parallel
+    trial     8          calls of each layer run both ways before all ranks decide which way is kept; 0: ours is. Where
+                         attention is tensor-parallel: batches of each size that are shuffled, and that are not
 
 What the section asks for is checked before the host is asked for anything. A script that took `initialize` out of
 `deepspeed` before `register()` keeps stock's; `python -m forerun.moe.deepspeed script.py …` registers first.
@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import nn
 
 from forerun.moe.agreement import agree
-from forerun.moe.deepspeed_shuffle import folded
 from forerun.moe.plan import Plan
 from forerun_adapters import deepspeed as host
 from forerun_adapters import deepspeed_engine as engine
@@ -39,7 +38,6 @@ from forerun_adapters import deepspeed_engine as engine
 __all__ = ["SECTION", "Section", "main", "register", "unregister"]
 
 SECTION = "speculative_moe"
-_TRIAL = 8
 
 _undo: list[Callable[[], None]] = []
 
@@ -57,7 +55,7 @@ class Section:
     exact: bool = True
     count: bool = False
     shuffle: bool = True
-    trial: int | None = None  # None: 8, or 0 where attention is tensor-parallel
+    trial: int = 8
 
     def __post_init__(self) -> None:
         for name in ("enabled", "exact", "count", "shuffle"):
@@ -65,7 +63,7 @@ class Section:
                 raise ValueError(f"{SECTION}: {name} is {getattr(self, name)!r}; expected true or false")
         if self.plan is not None and not isinstance(self.plan, str | Path):
             raise ValueError(f"{SECTION}: plan is {self.plan!r}; expected the path of a plan file, or null")
-        if self.trial is not None and (type(self.trial) is not int or self.trial < 0):
+        if type(self.trial) is not int or self.trial < 0:
             raise ValueError(f"{SECTION}: trial is {self.trial!r}; expected a number of calls, 0 or more")
 
     @classmethod
@@ -191,7 +189,5 @@ def _speculate(made: Any, section: Section, plan: Plan | None) -> None:
     if section.enabled:
         from forerun.moe.deepspeed import speculate
 
-        trial = section.trial
-        if trial is None:
-            trial = 0 if any(folded(entry.layer) for entry in host.layers(getattr(made, "module", made))) else _TRIAL
-        speculate(made, plan, exact=section.exact, shuffle=section.shuffle, count=section.count, trial=trial)
+        options = {name: getattr(section, name) for name in ("exact", "shuffle", "count", "trial")}
+        speculate(made, plan, **options)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from forerun.moe.alternation import Alternation
 from forerun.moe.foresight import Foresight
 from forerun.moe.plan import Plan
 from forerun.moe.scatter import chunk, gather, scatter_sum
@@ -36,6 +37,7 @@ class _State:
     projection: type[nn.Module]  # stock's class of the attention's output projection
     foresight: Foresight
     layer: int  # its place among the MoE layers
+    last: bool  # of those whose tokens are shuffled
     group: Any  # tensor-parallel
     hooks: list[Any] = field(default_factory=list)
 
@@ -59,12 +61,16 @@ class _Shuffled:
             mine = mine + self.self_attn.o_proj.bias
         mine = chunk(tokens, there, dist.get_rank(state.group)) + mine
         mine = mine + host.experts_of(self, mine)
-        if not state.foresight.looks_back:
-            return gather(mine, there, state.group).reshape(hidden_states.shape)
-        # The rank of each token's experts travels along as one more element: exact to 256 in any dtype.
-        told = gather(torch.cat((mine, self.mlp.forerun_state.seen.to(mine)[:, None]), 1), there, state.group)
-        state.foresight.saw(told[:, -1])
-        return told[:, :-1].reshape(hidden_states.shape)
+        if state.foresight.looks:
+            # The rank of each token's experts travels along as one more element: exact to 256 in any dtype.
+            told = gather(torch.cat((mine, self.mlp.forerun_state.seen.to(mine)[:, None]), 1), there, state.group)
+            state.foresight.saw(told[:, -1])
+            whole = told[:, :-1]
+        else:
+            whole = gather(mine, there, state.group)
+        if state.last:
+            state.foresight.end()
+        return whole.reshape(hidden_states.shape)
 
 
 def folded(layer: Any) -> bool:
@@ -83,26 +89,31 @@ def obstacle(module: nn.Module, name: str, layer: Any) -> str | None:
     return None
 
 
-def shuffle_tokens(module: nn.Module, found: Sequence[tuple[str, Any]], plan: Plan | None) -> bool:
+def shuffle_tokens(module: nn.Module, found: Sequence[tuple[str, Any]], plan: Plan | None, trial: int = 0) -> bool:
     """Shuffles tokens around those expert-parallel layers (name and module, in order) that are folded.
 
     Args:
         module: The model.
         found: The layers; none has an `obstacle`.
         plan: Where tokens are expected; None: they are split in their order.
+        trial: Of each size of batches so many are shuffled and so many split in their order before one way is kept,
+            the one that takes less time; 0: all are shuffled.
 
     Returns:
         Whether a layer's `forerun_state.seen` is asked for: `[n]` the plan's rank of most of each token's experts.
     """
     foresight: Foresight | None = None
+    last = max((place for place, (_, layer) in enumerate(found) if folded(layer)), default=None)
     for place, (name, layer) in enumerate(found):
         folding = host.folding(layer)
         if folding is None:
             continue
         decoder = host.decoder(module, name)
         first = foresight is None
-        foresight = foresight or Foresight(plan, folding.columns)
-        state = _State(type(decoder), type(decoder.self_attn.o_proj), foresight, place, folding.group)
+        if foresight is None:
+            tried = Alternation(trial, folding.group, "tokens shuffled", "in their order") if trial else None
+            foresight = Foresight(plan, folding.columns, tried)
+        state = _State(type(decoder), type(decoder.self_attn.o_proj), foresight, place, place == last, folding.group)
         if first:
             state.hooks += _listening(module, foresight)
         decoder.forerun_shuffle = state

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forerun.moe.alternation import Alternation
 from forerun.moe.plan import Plan
 from forerun.moe.shuffle import Shuffle, assign, shuffle
 
@@ -26,11 +27,14 @@ class Foresight:
     Args:
         plan: What is expected; None: nothing, tokens stay in their order.
         columns: The plan's rank of each rank that tokens are spread over.
+        trial: By which it is decided whether tokens are shuffled or stay in their order; None: they are.
     """
 
-    def __init__(self, plan: Plan | None, columns: Sequence[int]) -> None:
+    def __init__(self, plan: Plan | None, columns: Sequence[int], trial: Alternation | None = None) -> None:
         self.columns = list(columns)
         self._plan = plan
+        self._trial = trial if plan is not None else None
+        self._shuffles = plan is not None  # this batch
         self._row: Tensor | None = None
         self._ids: Tensor | None = None
         self._last: list[Tensor] = []  # of the last two layers, the plan's rank of most of each token's experts
@@ -44,10 +48,22 @@ class Foresight:
         """Whether it wants to be told ranks by `saw`."""
         return self._plan is not None and bool(self._plan.weight.any())
 
+    @property
+    def looks(self) -> bool:
+        """Whether it wants to be told them in this batch."""
+        return self._shuffles and self.looks_back
+
     def begin(self, ids: Tensor | None) -> None:
         """A batch of these token ids, any shape; None: they are not known."""
         self._ids = None if ids is None else ids.detach().flatten().cpu()
         self._row, self._last = None, []
+        if self._trial is not None and ids is not None:
+            self._shuffles = self._trial.begin(ids.numel(), ids.device)
+
+    def end(self) -> None:
+        """The batch is through its last layer."""
+        if self._trial is not None and self._ids is not None:
+            self._trial.end(len(self._ids))
 
     def saw(self, rank: Tensor) -> None:
         """`[n]` the plan's rank of most of each token's experts, in the layer that was shuffled last."""
@@ -61,7 +77,7 @@ class Foresight:
             tokens: n; where it is not the number of ids, they are taken as not known.
         """
         ranks = len(self.columns)
-        if self._plan is None or self._ids is None or len(self._ids) != tokens:
+        if self._plan is None or not self._shuffles or self._ids is None or len(self._ids) != tokens:
             return even(tokens, ranks)
         if self._row is None:
             row = torch.searchsorted(self._known, self._ids)

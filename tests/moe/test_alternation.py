@@ -1,0 +1,63 @@
+"""Two ways by turns, and the sooner one from then on, for each size of batches."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from forerun.moe.alternation import Alternation
+
+CPU = torch.device("cpu")
+SLOW = 0.02  # seconds
+
+
+@pytest.fixture(autouse=True)
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def ran(trial, tokens, batches, slow):
+    """Which way each batch went; the one that is named takes longer."""
+    ways = []
+    for _ in range(batches):
+        ours = trial.begin(tokens, CPU)
+        time.sleep(SLOW if ours == slow else 0)
+        trial.end(tokens)
+        ways.append(ours)
+    return ways
+
+
+@pytest.mark.parametrize("slow", [True, False], ids=["ours is slow", "the other is slow"])
+def test_the_sooner_way_is_kept(slow, caplog):
+    trial = Alternation(2, way="tokens shuffled", other="in their order")
+    with caplog.at_level("INFO"):
+        assert ran(trial, 5, 12, slow) == [True, False] * 3 + [not slow] * 6
+    (record,) = caplog.records
+    kept = "in their order" if slow else "tokens shuffled"
+    assert "batches of 4 to 7 tokens" in record.message and record.message.endswith(f"{kept} is kept")
+
+
+def test_each_size_is_decided_for_itself():
+    trial = Alternation(1)
+    assert ran(trial, 1, 8, slow=True)[4:] == [False] * 4
+    assert ran(trial, 100, 8, slow=False) == [True, False] * 2 + [True] * 4
+    assert ran(trial, 120, 2, slow=True) == [True] * 2  # as batches of 100
+    assert ran(trial, 0, 1, slow=True) == [True]
+
+
+def test_what_the_first_batch_of_a_way_took_does_not_count():
+    trial = Alternation(1)
+    assert trial.begin(4, CPU)
+    time.sleep(10 * SLOW)
+    trial.end(4)
+    assert ran(trial, 4, 6, slow=False)[3:] == [True] * 3
+
+
+def test_a_batch_that_did_not_end_is_forgotten():
+    trial = Alternation(1)
+    trial.begin(4, CPU)  # an error in the middle of it
+    assert ran(trial, 4, 6, slow=True) == [True, False, True, False, False, False]
+    trial.end(4)  # none runs
