@@ -16,6 +16,7 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
     exchange.py   tokens to their experts' ranks and back over a process group, each token to a rank once; overlap.py
                   back as sums, local experts computed meanwhile
     foresight.py, scatter.py   which rank a token goes to, layer by layer; the all-reduce in two halves that brings it
+    alternation.py   two ways by turns, and the sooner one from then on
     requests.py   `forerun.moe.assign`: requests to data-parallel ranks
     planning.py   all of it, for every layer; plan.py the file; check.py whether a file's arrays fit; report.py what it
                   promises
