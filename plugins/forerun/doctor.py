@@ -44,6 +44,7 @@ DROP_INS = (
         cpu=True,
         gpu=False,
     ),
+    DropIn("forerun.moe.sglang", "sglang", needs=("torch", "numpy", "safetensors"), cpu=True, gpu=False),
 )
 
 

@@ -80,7 +80,7 @@ class Server:
         with self.log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
 
-    def ready(self, seconds=240):
+    def ready(self, seconds=600):
         """Waits until it can be asked."""
         end = time.monotonic() + seconds
         while True:

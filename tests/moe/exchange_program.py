@@ -74,17 +74,18 @@ def run(case, rank, ranks, dtype):
         name: summed(hidden, pair // TOP_K, place, top.flatten()[pair], EXPERTS, compute, pace=pace)
         for name, pace in (("together", Pace()), ("overlapped", Always()))
     }
-    paced["apart"] = return_sums(arrived, computed, top.flatten()[pair]), arrived.leaving(rank)
+    returned = sum(arrived.got_rows) - arrived.got_rows[rank]
+    paced["apart"] = return_sums(arrived, computed, top.flatten()[pair]), arrived.leaving(rank), returned
     plain = torch.stack([row_by_row(hidden, matrix) for matrix in matrices], 1)  # [n, E, H]
     plain = plain.gather(1, chosen[..., None].expand(-1, -1, WIDTH))
     expected = (plain * top[..., None]).sum(1).to(dtype)
     assert torch.equal(exact, expected), f"{case}: pairs differ"
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
     size = (plain.float().abs() * top[..., None]).sum(1)
-    for name, (sums, leaving) in paced.items():
+    for name, (sums, leaving, answered) in paced.items():
         off = (sums.float() - expected.float()).abs()
         assert bool((off <= tolerance * size + 1e-9).all()), f"{case}, {name}: sums differ"
-        assert leaving == arrived.leaving(rank)
+        assert (leaving, answered) == (arrived.leaving(rank), returned)
     held = where // each
     sent = counted(chosen.numpy(), held.numpy(), torch.full((count,), rank).numpy(), ranks)
     assert arrived.leaving(rank) == sent.leaving(), f"{case}: rows"

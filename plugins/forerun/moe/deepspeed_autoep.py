@@ -45,7 +45,7 @@ class SpeculativeAutoEP(host.AutoEPLayer):  # type: ignore[misc]
             sent = arrived.leaving(dist.get_rank(self.ep_group))
         else:
             weight, compute = answer.weight.flatten()[order], partial(host.computed_together, self)
-            output, sent = summed(answer.tokens, *to, weight, self.num_experts, compute, self.ep_group, state.pace)
+            output, sent, _ = summed(answer.tokens, *to, weight, self.num_experts, compute, self.ep_group, state.pace)
             output = output.reshape(hidden.shape)
         state.sent += sent
         if state.trial is not None:

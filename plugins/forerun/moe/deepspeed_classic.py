@@ -63,7 +63,8 @@ class SpeculativeClassic(host.ClassicLayer):  # type: ignore[misc]
             output, sent = host.combined(output, answer, row), arrived.leaving(dist.get_rank(self.ep_group))
         else:
             weight, where = answer.weight[slot, token], key // halves
-            output, sent = summed(answer.tokens, token, where, weight, experts, self._plain, self.ep_group, state.pace)
+            parts = (answer.tokens, token, where, weight, experts, self._plain, self.ep_group, state.pace)
+            output, sent, _ = summed(*parts)
         state.sent += sent
         if state.trial is not None:
             away = int((key // halves // self.num_local_experts != dist.get_rank(self.ep_group)).sum())

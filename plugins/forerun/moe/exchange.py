@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Arrived", "Group", "Sending", "dispatch", "exchanged", "return_pairs", "return_sums", "send"]
+__all__ = ["Arrived", "Group", "Sending", "dispatch", "exchanged", "return_pairs", "return_sums", "row_bytes", "send"]
 
 Group = dist.ProcessGroup | None
 _ALIGN = 8  # bytes: rows of any dtype can be looked at as such
@@ -185,9 +185,20 @@ class _Rows:
     @classmethod
     def empty(cls, count: int, like: Tensor, each: int, use: torch.dtype) -> _Rows:
         width = _aligned(like.shape[1] * like.element_size())
-        buffer = torch.empty(count, width + _aligned(each * use.itemsize), dtype=torch.uint8, device=like.device)
+        buffer = torch.empty(count, row_bytes(like, each, use), dtype=torch.uint8, device=like.device)
         rows = buffer[:, : like.shape[1] * like.element_size()].view(like.dtype)
         return cls(buffer, rows, buffer[:, width : width + each * use.itemsize].view(use))
+
+
+def row_bytes(hidden: Tensor, each: int, use: torch.dtype) -> int:
+    """Bytes of a row that is sent.
+
+    Args:
+        hidden: `[n, H]`, of which rows are.
+        each: E/R, experts of a rank.
+        use: uint8, or float32 where weights travel along.
+    """
+    return _aligned(hidden.shape[1] * hidden.element_size()) + _aligned(each * use.itemsize)
 
 
 def _aligned(size: int) -> int:

@@ -51,6 +51,7 @@ class Summed(NamedTuple):
 
     output: Tensor  # [n, H]
     leaving: int  # rows that left this rank on their way to experts
+    returned: int  # rows of other ranks that this rank answered
 
 
 def summed(
@@ -114,7 +115,7 @@ def summed(
         back[first : first + len(own)] = own.to(hidden.dtype)
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     total.index_add_(0, arrived.token, back.float())
-    return Summed(total.to(hidden.dtype), arrived.leaving(here))
+    return Summed(total.to(hidden.dtype), arrived.leaving(here), sum(arrived.got_rows) - arrived.got_rows[here])
 
 
 def _add(total: Tensor, rows: Tensor, use: Tensor, compute: Compute) -> None:

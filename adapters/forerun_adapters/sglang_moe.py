@@ -1,0 +1,268 @@
+"""SGLang's mixture-of-experts layers: where a layer's tokens come in, its experts, where they go out.
+
+A decoder layer has a stage around its experts (`StageBoundary`): `prepare` adds up the attention's output and its
+residual and norms it, `finish` adds up what the experts said. `Stage` and `experts_class` stand in for both on a layer
+that was built, and ask what they are given, a `forerun.moe.sglang_spread.Spread`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from forerun_adapters._require import require
+
+require("sglang")
+
+from sglang.srt.eplb import expert_location as _location  # noqa: E402
+from sglang.srt.layers.layer_boundary import stage as _stage  # noqa: E402
+from sglang.srt.layers.layer_boundary.residual import add_norm as _norm  # noqa: E402
+from sglang.srt.layers.layer_boundary.residual.batch import stream_of as _stream_of  # noqa: E402
+from sglang.srt.layers.layer_boundary.residual.stream import DeclaredSum as _DeclaredSum  # noqa: E402
+from sglang.srt.layers.moe import get_moe_a2a_backend as _a2a  # noqa: E402
+from sglang.srt.layers.moe import topk as _topk  # noqa: E402
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE as _FusedMoE  # noqa: E402
+from sglang.srt.layers.moe.token_dispatcher import standard as _standard  # noqa: E402
+from sglang.srt.runtime_context import get_exec as _exec  # noqa: E402
+from sglang.srt.runtime_context import get_parallel as _parallel  # noqa: E402
+
+__all__ = [
+    "LOADED",
+    "LOCAL",
+    "STATE",
+    "Found",
+    "Stage",
+    "all_reduce",
+    "apart",
+    "computed",
+    "experts_class",
+    "experts_of",
+    "group",
+    "layers",
+    "name_of",
+    "obstacle",
+    "placed",
+    "rank",
+    "ranks",
+    "routed",
+    "server_obstacle",
+    "top_k_of",
+]
+
+LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+LOCAL = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE._map_global_expert_id_to_local_expert_id"
+STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
+
+
+class Found(NamedTuple):
+    """A mixture-of-experts layer of a model."""
+
+    number: int  # of the decoder layer
+    name: str  # of its experts
+    experts: Any  # FusedMoE
+    decoder: Any  # the module that has them
+
+
+def layers(model: nn.Module) -> list[Found]:
+    """The layers in order."""
+    return sorted(_layers(model), key=lambda found: found.number)
+
+
+def _layers(model: nn.Module) -> Iterator[Found]:
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, _FusedMoE):
+            decoder = re.match(r"(.*\.(\d+))\.", name)
+            if decoder is not None:
+                yield Found(int(decoder[2]), name, module, modules[decoder[1]])
+
+
+def name_of(runner: Any) -> str:
+    """The repository's or folder's name, as a profile has it."""
+    path = str(runner.model_config.model_path)
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
+def experts_of(experts: Any) -> int:
+    """E, routed experts on all ranks together."""
+    return int(experts.num_experts)
+
+
+def top_k_of(experts: Any) -> int:
+    """k, experts of a token."""
+    return int(experts.top_k or experts.moe_runner_config.top_k or 0)
+
+
+def group() -> Any:
+    """The process group of the ranks that share the experts."""
+    return _parallel().moe_ep_group.device_group
+
+
+def rank() -> int:
+    """This process's number among them."""
+    return int(_parallel().moe_ep_rank)
+
+
+def ranks() -> int:
+    """R."""
+    return int(_parallel().moe_ep_size)
+
+
+def apart() -> bool:
+    """Whether attention is data-parallel: each rank has tokens of its own."""
+    return bool(_parallel().attn_dp_size > 1)
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """The sum over the tensor-parallel ranks, by the way that stock takes."""
+    summed: Tensor = _parallel().tp_group.all_reduce(tensor)
+    return summed
+
+
+def server_obstacle() -> str | None:
+    """What of the server's arguments only stock serves; None: nothing."""
+    at = _parallel()
+    reasons = (
+        (at.moe_ep_size < 2, "experts are on one rank: start the server with --tp and --ep of 2 or more"),
+        (at.moe_ep_size != at.tp_size, f"--ep-size {at.moe_ep_size} is not --tp-size {at.tp_size}"),
+        (at.attn_cp_size > 1, f"--attn-cp-size {at.attn_cp_size}"),
+        (at.pp_size > 1, f"--pp-size {at.pp_size}"),
+        (
+            at.attn_dp_size > 1 and at.attn_dp_size != at.tp_size,
+            f"attention is data-parallel over {at.attn_dp_size} ranks: expected --dp-size {at.tp_size}, or none",
+        ),
+        (not _a2a().is_none(), f"--moe-a2a-backend {_a2a().value}: expected none"),
+        (_exec().moe.ep_num_redundant_experts > 0, "--ep-num-redundant-experts"),
+        (
+            _exec().moe.enable_eplb or _exec().moe.init_expert_location != "trivial",
+            "--enable-eplb or --init-expert-location: either they or a plan say where experts lie",
+        ),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
+
+
+def obstacle(found: Found) -> str | None:
+    """What of a layer only stock serves; None: nothing."""
+    experts, stage = found.experts, getattr(found.decoder, "ffn_boundary", None)
+    config = experts.moe_runner_config
+    if not isinstance(stage, _stage.StageBoundary):
+        return f"{type(found.decoder).__name__} does not hand its tokens over by a stage of SGLang's"
+    declared = stage.declaration
+    block: Any = next(m for m in found.decoder.children() if experts in list(m.modules()))
+    shared = getattr(block, "shared_experts", getattr(block, "shared_expert", None))
+    reasons = (
+        (
+            experts.num_fused_shared_experts > 0 or shared is not None,
+            "shared experts, which are tensor-parallel and need all tokens on every rank",
+        ),
+        (config.apply_router_weight_on_input, "router weights on the experts' input"),
+        (config.routed_scaling_factor not in (None, 1.0), f"routed_scaling_factor {config.routed_scaling_factor}"),
+        (experts.quant_config is not None, f"{experts.quant_config and experts.quant_config.get_name()} quantization"),
+        (stage.plan.fusions is not None or declared.row_transport is not None, "a stage with kernels of its own"),
+        (not (declared.read.is_plain_norm and declared.update.is_plain_add), "a residual that is not a plain sum"),
+        (declared.output_transform is not None, "an output transform"),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
+
+
+def routed(answer: Any) -> tuple[Tensor, Tensor]:
+    """`[n, k]` weights and `[n, k]` experts, below 0 for none, of a router's answer."""
+    if not _topk.TopKOutputChecker.format_is_standard(answer):
+        answer = answer.to_standard()
+    return answer.topk_weights, answer.topk_ids
+
+
+def placed(answer: Any, place: Tensor) -> Any:
+    """A router's answer with each expert's place, `[E]`, for its number."""
+    if not _topk.TopKOutputChecker.format_is_standard(answer):
+        answer = answer.to_standard()
+    ids = answer.topk_ids
+    there = torch.where(ids < 0, ids, place[ids.clamp(min=0).long()].to(ids.dtype))
+    return answer._replace(topk_ids=there)
+
+
+def computed(experts: Any, rows: Tensor, number: Tensor) -> Tensor:
+    """`[p, H]` rows, each answered by the expert of that number (`[p]`) among this rank's, by stock's own kernels."""
+    if not len(rows):
+        return rows
+    weight = rows.new_ones(len(rows), 1, dtype=torch.float32)
+    one = _topk.StandardTopKOutput(weight, number[:, None].to(torch.int32), rows.new_zeros(len(rows), 0))
+    answer: Tensor = experts.run_moe_core(_standard.StandardDispatchOutput(rows, None, one)).hidden_states
+    return answer
+
+
+def experts_class(stock: type, forward: Callable[[Any, Callable[..., Any], Tensor, Any], Any]) -> type:
+    """A class for built experts, whose forward pass is `forward(layer, stock's, hidden, answer of the router)`."""
+
+    def instead(layer: Any, hidden_states: Tensor, topk_output: Any, *rest: Any, **named: Any) -> Any:
+        def stocks(answer: Any) -> Any:
+            return stock.forward(layer, hidden_states, answer, *rest, **named)  # type: ignore[attr-defined]
+
+        return forward(layer, stocks, hidden_states, topk_output)
+
+    return type(f"Speculative{stock.__name__}", (stock,), {"forward": instead})
+
+
+class Stage(_stage.StageBoundary):  # type: ignore[misc]
+    """A stage that asks `forerun_spread` about every batch: whether it is spread, and to do it."""
+
+    forerun_spread: Any
+
+    def prepare(self, hidden_states: Any, forward_batch: Any, **call: Any) -> Any:
+        stream, spread = _stream_of(forward_batch), self.forerun_spread
+        tokens, everywhere = _tokens(stream, forward_batch)
+        ready = tokens is not None and not _captured()
+        if not ready or not spread.begin(forward_batch.input_ids, tokens, everywhere, _row(stream)):
+            return super().prepare(hidden_states, forward_batch, **call)
+        part, residual = stream.input(hidden_states)
+        mine, residual = spread.scatter(part, residual)
+        mine, residual = _norm.NORM_READOUT.update_and_read(_norm.PLAIN_ADD, mine, residual, self.norm)
+        stream.write(residual)
+        return mine
+
+    def finish(self, hidden_states: Any, forward_batch: Any, **named: Any) -> Any:
+        spread = self.forerun_spread
+        if not spread.under_way:
+            return super().finish(hidden_states, forward_batch, **named)
+        stream = _stream_of(forward_batch)
+        if spread.ranks.apart:
+            handed = stream.record(hidden_states, _norm.PLAIN_ADD)
+        else:
+            handed = stream.write(spread.gather(hidden_states, stream.residual))
+        spread.end()
+        return handed
+
+
+def _tokens(stream: Any, batch: Any) -> tuple[int | None, int]:
+    """A batch's tokens here, None where what was handed over is no plain part of a sum; and on all ranks together."""
+    pending = stream.pending
+    if pending is None or stream.residual is None or not isinstance(pending.value, Tensor):
+        return None, 0
+    owed = pending.owed
+    if owed is not None and not (isinstance(owed, _DeclaredSum) and owed.complete_sum is None):
+        return None, 0
+    tokens = len(pending.value)
+    if not apart():
+        return tokens, tokens
+    everywhere = batch.global_num_tokens_cpu
+    return tokens, tokens if everywhere is None else int(sum(everywhere))
+
+
+def _row(stream: Any) -> int:
+    value = stream.pending.value
+    return int(value.shape[-1] * value.element_size())
+
+
+def _captured() -> bool:
+    # What a CUDA graph repeats may not depend on where tokens go.
+    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def has_location() -> bool:
+    """Whether SGLang keeps a map of where experts lie."""
+    return _location.get_global_expert_location_metadata() is not None

@@ -1,0 +1,209 @@
+"""Speculative MoE in SGLang's expert parallelism: each token to a rank once, experts placed by a plan.
+
+Turned on by the section `speculative_moe` of FORERUN_SGLANG, see `forerun.moe.sglang_config`, for a server that is
+started as ever with `--tp R --ep R`. A layer's tokens are spread over the ranks between attention and experts, where
+that is expected to take less than stock's two sums over all ranks: `sglang_spread.py` is the way, `choice.py` the
+choice. Experts are loaded where the plan has them, whatever the way. `/server_info` tells what each layer did and sent,
+under `internal_states[...].forerun.speculative_moe`.
+
+Prefill, decode, radix cache and chunked prefill are stock's. The result is stock's but for roundings: products of
+matrices have other numbers of rows, and sums another order.
+
+Not supported, refused with the reason: shared experts, quantized experts, pipeline- and context-parallel servers,
+`--ep` below `--tp`, an all-to-all backend other than `none`, redundant experts, EPLB. Inside of CUDA graphs stock's way
+is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.moe.agreement import agree
+from forerun.moe.choice import Choice, Rates, measure
+from forerun.moe.dispatch import uniform_fan_out
+from forerun.moe.exchange import exchanged
+from forerun.moe.foresight import Foresight, even
+from forerun.moe.identity import Identity
+from forerun.moe.plan import Plan
+from forerun.moe.scatter import gather, scatter_sum
+from forerun.moe.sglang_config import Section
+from forerun.moe.sglang_spread import Ranks, Spread
+from forerun_adapters import sglang_moe as host
+from forerun_adapters.sglang import RELEASE, Hook
+
+__all__ = ["Speculation", "hooks"]
+
+_log = logging.getLogger(__name__)
+
+
+def hooks(section: Mapping[str, Any]) -> Sequence[Hook]:
+    """What SGLang's functions are wrapped in, as the configuration asks.
+
+    Raises:
+        OSError: There is no such plan.
+        ValueError: The section or the plan is not what it should be.
+    """
+    asked = Section.read(section)
+    plan = None if asked.plan is None else Plan.load(Path(asked.plan))
+    speculation = Speculation(asked, plan)
+    needed = [Hook(host.LOADED, speculation.loaded), Hook(host.STATE, speculation.told, "after")]
+    return needed if plan is None else [*needed, Hook(host.LOCAL, speculation.local)]
+
+
+class Speculation:
+    """What one process of a server knows: the layers that are spread, from when its model was loaded.
+
+    Args:
+        asked: The configuration.
+        plan: Its plan.
+    """
+
+    def __init__(self, asked: Section, plan: Plan | None) -> None:
+        self.asked, self.plan = asked, plan
+        self.spread: dict[int, Spread] = {}  # by the layer's number in the model
+        self.rates: Rates | None = None
+        self._place: dict[int, Tensor] = {}
+        if plan is not None:
+            order = torch.from_numpy(plan.order)
+            self._place = {number: order[at].argsort() for at, number in enumerate(plan.identity.layers)}
+
+    def local(self, stock: Callable[..., int], experts: Any, expert: int) -> int:
+        """Around SGLang's question which place of a rank an expert is loaded into."""
+        place = self._place.get(experts.layer_id)
+        routed = place is not None and not experts.is_draft and 0 <= expert < len(place)
+        return stock(experts, int(place[expert]) if place is not None and routed else expert)
+
+    def loaded(self, stock: Callable[..., Any], runner: Any, *rest: Any, **named: Any) -> Any:
+        """Around a model's loading.
+
+        Raises:
+            ValueError: The model or the server cannot be served, the plan is another's, or ranks were told different
+                things.
+        """
+        result = stock(runner, *rest, **named)
+        if runner.is_draft_worker:
+            return result
+        found = host.layers(runner.model)
+        reason = self._misfit(runner, found)
+        if reason is not None and host.ranks() < 2:
+            raise ValueError(f"forerun: {reason}")
+        placement = "none" if self.plan is None else hashlib.sha256(self.plan.rank.tobytes()).hexdigest()
+        agree(None if reason is None else f"forerun: {reason}", f"{placement} {self.asked}", host.group())
+        self._install(found, next(runner.model.parameters()))
+        return result
+
+    def told(self, result: Any, *_: Any) -> Any:
+        """After SGLang's answer of its internal state."""
+        layers = [{"layer": number, **asdict(one.counted)} for number, one in self.spread.items()]
+        result.internal_state.setdefault("forerun", {})["speculative_moe"] = {
+            "sglang": str(RELEASE),
+            **asdict(self.asked),
+            "model": None if self.plan is None else str(self.plan.identity),
+            "ranks": host.ranks(),
+            "rank": host.rank(),
+            "expected_rows": {str(number): one.choice.expected for number, one in self.spread.items()},
+            "rates": None if self.rates is None else asdict(self.rates),
+            "layers": layers,
+        }
+        return result
+
+    def _misfit(self, runner: Any, found: Sequence[host.Found]) -> str | None:
+        """Why this rank cannot do what it was told."""
+        name = type(runner.model).__name__
+        if not found:
+            return f"{name} has no mixture-of-experts layer: take the section speculative_moe out"
+        reason = host.server_obstacle()
+        if reason is not None:
+            return f"this server cannot be speculated: {reason}"
+        for one in found:
+            reason = host.obstacle(one)
+            if reason is not None:
+                return f"{one.name} of {name} cannot be speculated: {reason}"
+        try:
+            identity = _identity(runner, found)
+            if self.plan is not None:
+                self.plan.refuse_other(identity, host.ranks())
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _install(self, found: Sequence[host.Found], like: Tensor) -> None:
+        apart = host.apart()
+        size = host.ranks()
+        shuffled = self.plan if self.asked.shuffle and not apart else None
+        ranks = Ranks(host.group(), host.rank(), size, self.asked.exact, apart, Foresight(shuffled, range(size)))
+        width = int(found[0].experts.hidden_size)
+        self.rates = _measured(ranks, width, like) if self.asked.choose else None
+        for at, one in enumerate(found):
+            place = self._place.get(one.number)
+            place = None if place is None else place.to(like.device)
+            experts = host.experts_of(one.experts)
+            choice = Choice(self.rates, self._expected(at, experts, host.top_k_of(one.experts), size))
+            spread = Spread(ranks, at, experts, place, choice)
+            self.spread[one.number] = spread
+            one.experts.forerun_spread = one.decoder.ffn_boundary.forerun_spread = spread
+            one.experts.__class__ = host.experts_class(type(one.experts), _forward)
+            one.decoder.ffn_boundary.__class__ = host.Stage
+        _log.info("forerun: %d layers of sglang %s are speculated, %s", len(found), RELEASE, self.rates or "always")
+
+    def _expected(self, at: int, experts: int, top_k: int, size: int) -> float:
+        """Rows that a token is expected to send to other ranks, half of both ways together."""
+        fan_out, local = uniform_fan_out(experts, size, top_k), 1 / size
+        report = None if self.plan is None else self.plan.layers[at]
+        if report is not None and report.fan_out is not None:
+            fan_out = report.fan_out
+        shuffled = self.asked.shuffle and report is not None
+        if shuffled and report is not None:
+            local = report.batch if report.batch is not None else report.local
+        rows = fan_out * (1 - local)
+        if shuffled and report is not None and report.sent is not None:
+            rows = report.sent
+        return (rows + top_k * (1 - local)) / 2 if self.asked.exact else rows
+
+
+def _forward(experts: Any, stock: Callable[[Any], Any], hidden: Tensor, answer: Any) -> Any:
+    spread: Spread = experts.forerun_spread
+    if spread.under_way:
+        return spread.answer(hidden, *host.routed(answer), partial(host.computed, experts))
+    return stock(answer if spread.place is None else host.placed(answer, spread.place))
+
+
+def _identity(runner: Any, found: Sequence[host.Found]) -> Identity:
+    shapes = {(host.experts_of(one.experts), host.top_k_of(one.experts)) for one in found}
+    if len(shapes) != 1:
+        raise ValueError(f"{type(runner.model).__name__} has layers of different (experts, top k): {sorted(shapes)}")
+    return Identity(host.name_of(runner), tuple(one.number for one in found), *shapes.pop())
+
+
+def _measured(ranks: Ranks, width: int, like: Tensor) -> Rates:
+    """What the collectives of a layer take, rows as wide as the model's."""
+
+    def rows(tokens: int) -> Tensor:
+        return torch.zeros(tokens, width, dtype=like.dtype, device=like.device)
+
+    def summed(tokens: int) -> None:
+        for _ in range(2):
+            host.all_reduce(rows(tokens))
+
+    def spread(tokens: int, sent: int) -> None:
+        there = even(tokens, ranks.size)
+        if not ranks.apart:
+            gather(scatter_sum(rows(tokens), there, ranks.group), there, ranks.group)
+        each = [sent // (ranks.size - 1)] * ranks.size
+        each[ranks.rank] = 0
+        told = torch.tensor(each, device=like.device)
+        exchanged(told, [1] * ranks.size, [1] * ranks.size, ranks.group).tolist()
+        for _ in range(2):
+            exchanged(rows(sum(each)), each, each, ranks.group)
+
+    wait = torch.cuda.synchronize if like.device.type == "cuda" else lambda: None
+    return measure(summed, spread, ranks.group, wait=wait)

@@ -1,0 +1,54 @@
+"""The section of FORERUN_SGLANG that turns Speculative MoE on, and what each of its keys means:
+
+{"speculative_moe": {"plan": "plan.safetensors"}}
+
+plan      null   path of a plan file, of `forerun moe plan`; null: experts stay where they are
+exact     false  a row per (token, expert) comes back and is summed in the order of the router's answer, wherever
+                 experts lie; false: a sum per rank comes back, fewer bytes
+shuffle   true   tokens go where the plan expects their experts; false: they are split in their order
+choose    true   a layer takes stock's way for a batch that it is expected to be sooner for; false: never
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["SECTION", "Section"]
+
+SECTION = "speculative_moe"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the configuration asks for.
+
+    Raises:
+        ValueError: A value is of another type.
+    """
+
+    plan: str | None = None
+    exact: bool = False
+    shuffle: bool = True
+    choose: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("exact", "shuffle", "choose"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{SECTION}: {name} is {getattr(self, name)!r}; expected true or false")
+        if self.plan is not None and not isinstance(self.plan, str):
+            raise ValueError(f"{SECTION}: plan is {self.plan!r}; expected the path of a plan file, or null")
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Section:
+        """Reads the section.
+
+        Raises:
+            ValueError: It has keys that are not known, or values of another type.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"{SECTION} has {', '.join(unknown)}; expected none but {', '.join(known)}")
+        return cls(**given)

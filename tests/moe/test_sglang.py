@@ -1,0 +1,191 @@
+"""Speculative MoE in SGLang's own server: the same tokens as transformers, counted bytes as the formula has them."""
+
+import json
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+
+import pytest
+
+pytest.importorskip("sglang")
+
+from sglang_models import continued, load, make_model, prompts
+from sglang_plans import plan_of, sent
+from sglang_servers import Server
+
+pytestmark = pytest.mark.timeout(900)  # a server's start is slow beside other work
+MIXED = (40, 7, 23, 64, 5, 31, 12, 50)
+ALWAYS = {"speculative_moe": {"choose": False}}
+
+
+class Case:
+    """A family's model, a plan of it, and its server."""
+
+    def __init__(self, folder, family, *, ranks=2, placed=True, config=ALWAYS, **flags):
+        self.path = make_model(folder / "model", family)
+        self.model = load(self.path)
+        self.plan = plan_of(self.model, prompts([48] * 12, seed=9), ranks)
+        section = dict((config or {}).get("speculative_moe", {}))
+        if placed:
+            self.plan.save(folder / "plan.safetensors")
+            section["plan"] = str(folder / "plan.safetensors")
+        told = None if config is None else {"speculative_moe": section}
+        self.server = Server(self.path, folder / "log", config=told, tp=ranks, ep=ranks, **flags)
+
+    def expected(self, asked, tokens):
+        return [continued(self.model, prompt, tokens) for prompt in asked]
+
+    def layers(self):
+        (state,) = self.server.info()
+        return state["speculative_moe"]["layers"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    case = Case(tmp_path_factory.mktemp("qwen3"), "Qwen3Moe", chunked_prefill_size=96)
+    try:
+        case.server.ready()
+        yield case
+    finally:
+        case.server.close()
+    assert case.server.members() == []
+
+
+def at_once(server, asked, tokens):
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(lambda prompt: server.generate(prompt, tokens), asked))
+
+
+def test_mixed_requests_get_the_same_tokens(case):
+    asked = prompts(MIXED)
+    assert at_once(case.server, asked, 64) == case.expected(asked, 64)
+    for layer in case.layers():
+        assert layer["ours"] > 64
+        assert layer["stock"] == 0
+
+
+def test_a_prompt_of_several_chunks_and_one_that_is_known(case):
+    (long,) = prompts([250], seed=1)
+    expected = case.expected([long], 16)[0]
+    assert case.server.generate(long, 16) == expected  # in chunks of 96
+    assert case.server.generate(long, 16) == expected  # from the radix cache
+    other = [*long[:100], 5, 6, 7]
+    assert case.server.generate(other, 16) == case.expected([other], 16)[0]
+
+
+def test_bytes_are_those_of_the_formula(case):
+    before = case.layers()
+    (prompt,) = prompts([61], seed=2)
+    case.server.generate(prompt, 1)
+    after = case.layers()
+    counted = [(b["rows"] - a["rows"], b["bytes"] - a["bytes"]) for a, b in zip(before, after, strict=True)]
+    assert [b["tokens"] - a["tokens"] for a, b in zip(before, after, strict=True)] == [61] * 3
+    assert counted == sent(case.model, case.plan, prompt, 0, notes=1)
+
+
+def test_a_client_of_the_openai_interface(case):
+    import openai
+
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{case.server.port}/v1", api_key="none", timeout=120)
+    (prompt,) = prompts([20], seed=3)
+    answer = client.completions.create(
+        model="default", prompt=prompt, max_tokens=32, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.choices[0].text.split() == [f"t{token}" for token in case.expected([prompt], 32)[0]]
+
+
+def test_what_is_asked_for_is_told(case):
+    (state,) = case.server.info()
+    told = state["speculative_moe"]
+    assert (told["ranks"], told["exact"], told["choose"]) == (2, False, False)
+    assert told["model"] == str(case.plan.identity)
+    assert told["sglang"] == metadata.version("sglang")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("family", "ranks", "placed", "section", "flags"),
+    [
+        ("Mixtral", 2, True, {"choose": False}, {}),
+        ("Mixtral", 2, False, {"choose": False, "exact": True}, {}),
+        ("Qwen3Moe", 2, True, {"choose": False, "exact": True}, {"disable_radix_cache": True}),
+        ("Qwen3Moe", 2, True, {}, {}),
+        ("Qwen3Moe", 4, True, {"choose": False}, {}),
+    ],
+)
+def test_other_models_ranks_and_modes(family, ranks, placed, section, flags, tmp_path):
+    case = Case(tmp_path, family, ranks=ranks, placed=placed, config={"speculative_moe": section}, **flags)
+    try:
+        case.server.ready(400)
+        asked = prompts(MIXED)
+        assert at_once(case.server, asked, 64) == case.expected(asked, 64)
+        for layer in case.layers():
+            assert layer["ours"] > 0 or section.get("choose", True)
+            assert layer["stock"] == 0 or section.get("choose", True)
+    finally:
+        case.server.close()
+    assert case.server.members() == []
+
+
+@pytest.mark.soak
+def test_without_the_variable_the_server_is_stock(tmp_path):
+    case = Case(tmp_path, "Qwen3Moe", config=None)
+    try:
+        case.server.ready(400)
+        asked = prompts(MIXED)
+        assert at_once(case.server, asked, 64) == case.expected(asked, 64)
+        assert case.server.info() == [None]
+        assert "forerun" not in case.server.told(1 << 20).replace("forerun_cpu_host", "").replace(
+            "forerun -> forerun_adapters.sglang_plugin:register", ""
+        ).replace("general plugin: forerun", "").replace("Loaded plugin forerun", "")
+    finally:
+        case.server.close()
+
+
+@pytest.mark.soak
+def test_a_plan_of_another_model_is_refused(tmp_path):
+    other = make_model(tmp_path / "other", "Mixtral")
+    plan = plan_of(load(other), prompts([48] * 4), 2)
+    plan.save(tmp_path / "plan.safetensors")
+    section = {"plan": str(tmp_path / "plan.safetensors")}
+    model = make_model(tmp_path / "model", "Qwen3Moe")
+    server = Server(model, tmp_path / "log", config={"speculative_moe": section}, tp=2, ep=2)
+    try:
+        assert server.ended(400) != 0
+        told = server.told(1 << 20)
+        assert "the plan is of 'other' (3 MoE layers, top 2 of 8 experts), not of 'model'" in told
+    finally:
+        server.close()
+    assert server.members() == []
+
+
+@pytest.mark.soak
+def test_a_killed_rank_ends_the_server(tmp_path):
+    case = Case(tmp_path, "Qwen3Moe")
+    try:
+        case.server.ready(400)
+        asked = prompts(MIXED)
+        expected = case.expected(asked, 64)
+        assert case.server.generate(asked, 64) == expected
+        victims = [pid for pid in case.server.members() if b"TP1" in _command(pid)]
+        assert len(victims) == 1, [(pid, _command(pid)) for pid in case.server.members()]
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(case.server.generate, asked, 400)
+            time.sleep(1)
+            os.kill(victims[0], signal.SIGKILL)
+            with pytest.raises((OSError, json.JSONDecodeError, KeyError)):
+                pending.result(300)
+        case.server.ended(300)
+        end = time.monotonic() + 60
+        while case.server.members() and time.monotonic() < end:
+            time.sleep(1)
+        assert case.server.members() == []
+    finally:
+        case.server.close()
+
+
+def _command(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read()
