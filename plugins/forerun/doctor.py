@@ -45,6 +45,7 @@ DROP_INS = (
         gpu=False,
     ),
     DropIn("forerun.moe.sglang", "sglang", needs=("torch", "numpy", "safetensors"), cpu=True, gpu=False),
+    DropIn("forerun.runahead.sglang", "sglang", needs=("torch", "numpy", "scipy"), cpu=True, gpu=False),
 )
 
 

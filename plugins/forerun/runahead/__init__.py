@@ -21,6 +21,9 @@ gives the first token and holds the whole cache, so it decodes on.
     front.py, completion.py, relaying.py, asking.py   HTTP: what comes, whom it is sent to, what goes back
     routing.py, prefixes.py, counts.py   chain or one engine; what caches hold; what is counted
     fleet.py, engine.py   the engines as the front sees them
+    sglang.py     ranks of one SGLang server as a chain: settings.py (what its user says), shares.py and batch.py (how a
+                  pass over several sequences is shared), handover.py (keys and values over a process group),
+                  lowest.py (attention of a prompt's last tokens), probe.py (a chain measured in a second)
     picture.py    a split explained: table and timeline
     commands.py   `forerun runahead …`
 

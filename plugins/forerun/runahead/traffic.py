@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from forerun.runahead.chain import check_contexts
 
-__all__ = ["all_gather", "dot_products", "hops", "sent"]
+__all__ = ["all_gather", "dot_products", "hops", "returned", "sent"]
 
 
 def hops(contexts: Sequence[int], bytes_per_token: int) -> list[int]:
@@ -27,6 +27,18 @@ def sent(contexts: Sequence[int], bytes_per_token: int) -> int:
         ValueError: The contexts are no split.
     """
     return sum(hops(contexts, bytes_per_token))
+
+
+def returned(contexts: Sequence[int], bytes_per_token: int) -> list[int]:
+    """Bytes that each engine sends to all engines before it, where they shall hold the whole prompt too.
+
+    With those that are sent on, they are the all-gather's: it is when they travel that differs.
+
+    Raises:
+        ValueError: The contexts are no split.
+    """
+    check_contexts(contexts)
+    return [own * before * bytes_per_token for before, own in enumerate(contexts)]
 
 
 def all_gather(tokens: int, engines: int, bytes_per_token: int) -> int:

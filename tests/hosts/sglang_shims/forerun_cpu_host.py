@@ -4,8 +4,9 @@
   for experts elsewhere, which only its kernels know.
 - `torch.cpu.empty_cache`, which moving experts asks for.
 - The value that the native attention backend fills the lengths of padding with.
+- `torch.cuda.current_stream`, which a prefill under context parallelism asks for on any device.
 
-Remove each when SGLang runs expert parallelism on any CPU.
+Remove each when SGLang runs expert and context parallelism on any CPU.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def register() -> None:
         torch.cpu.empty_cache = lambda: None  # type: ignore[attr-defined]
     for name in ("get_cpu_graph_seq_len_fill_value", "get_cuda_graph_seq_len_fill_value"):
         setattr(TorchNativeAttnBackend, name, lambda self: 1)
+    if not torch.cuda.is_available():
+        torch.cuda.current_stream = lambda device=None: None
 
 
 def _experts(layer: Any, hidden: Any, routed: Any, config: Any) -> Any:
