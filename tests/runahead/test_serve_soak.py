@@ -64,7 +64,7 @@ class Load:
             except openai.APIError as error:  # with a body, also where an event of a stream says it
                 told = "error" if error.body else f"unclean: {error!r}"
             except Exception as error:
-                told = f"unclean: {error!r}"
+                told = f"unclean: {error!r}, prompt {i}, streamed {stream}, at {time.time():.0f}"
             self.told.append((told, time.monotonic() - began))
             self._over.wait(self.pause)
 

@@ -49,6 +49,7 @@ class Engine:
     block: int = 0
     misses: int = 0
     session: aiohttp.ClientSession | None = None
+    _waits: set[asyncio.Timeout] = field(default_factory=set)  # of requests for what the engine sends
 
     def standing(self, cached: int) -> Standing:
         return Standing(self.number, self.prefill, self.decoding, cached)
@@ -90,7 +91,7 @@ class Engine:
         if self.session is None or self.session.closed:
             raise EngineLost(self, "it is down", 503)
         waits = aiohttp.ClientTimeout(total=timeout, sock_connect=LOOK, sock_read=self.patience)
-        with self.watched():
+        async with self._watched():
             response = await self.session.request(
                 method, self.endpoint.url + path, headers=headers, data=data, timeout=waits, allow_redirects=False
             )
@@ -105,7 +106,7 @@ class Engine:
         Raises:
             EngineLost: It breaks off.
         """
-        with self.watched():
+        async with self._watched():
             return await response.content.read()
 
     async def read_some(self, response: aiohttp.ClientResponse) -> bytes:
@@ -114,15 +115,23 @@ class Engine:
         Raises:
             EngineLost: It breaks off.
         """
-        with self.watched():
+        async with self._watched():
             return await response.content.readany()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Turns the errors of a connection into `EngineLost`."""
+    @asynccontextmanager
+    async def _watched(self) -> AsyncIterator[None]:
+        """Turns the errors of a connection, and its end by `close`, into `EngineLost`."""
+        wait = asyncio.timeout(None)
         try:
-            yield
+            async with wait:
+                self._waits.add(wait)
+                try:
+                    yield
+                finally:
+                    self._waits.discard(wait)
         except TimeoutError as error:
+            if wait.expired():
+                raise EngineLost(self, "it was taken out") from error
             raise EngineLost(self, "no answer in time", 504) from error
         except aiohttp.ClientConnectorError as error:
             self.is_up = False  # nothing listens; the next look may find it back
@@ -138,5 +147,8 @@ class Engine:
 
     async def close(self) -> None:
         """Ends all of its requests with an error."""
+        # A session that is closed leaves whoever reads a body waiting: aiohttp forgets the body and its time-out.
+        for wait in self._waits:
+            wait.reschedule(asyncio.get_running_loop().time())
         if self.session is not None:
             await self.session.close()
