@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Raise it when the steps below change in a way that environments made before lack.
 RECIPE = 1
 
-# No compiling: most modules of these environments are never imported.
+# No compiling: most modules of these environments are never imported; the others are compiled when they first are.
 _PIP = ("-m", "pip", "install", "--no-deps", "--no-compile", "--no-input", "--progress-bar=off")
 
 
