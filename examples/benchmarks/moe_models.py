@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 
 from forerun_adapters import deepspeed as host
 
-__all__ = ["SHAPES", "Pinned", "Shape", "as_classic", "pinned"]
+__all__ = ["SHAPES", "Pinned", "Shape", "as_classic", "config_of", "pinned", "plant", "planted_routing"]
 
 BLOCKS, NOISE = 4, 0.2
 
@@ -70,8 +70,8 @@ def pinned(name: str, shape: Shape) -> Pinned:
     model = _random(shape)
     if name == "random":
         return Pinned(model, lambda seed, count, length: torch.from_numpy(_uniform(shape, seed, count, length)))
-    chosen, block = _planted(shape)
-    _plant(model, chosen)
+    chosen, block = planted_routing(shape)
+    plant(model, chosen)
     topics = [np.flatnonzero(block == topic) for topic in range(BLOCKS)]
 
     def of_one_topic(seed: int, count: int, length: int) -> Tensor:
@@ -135,7 +135,7 @@ class _First(nn.Module):
         return output
 
 
-def _config(shape: Shape) -> Qwen3MoeConfig:
+def config_of(shape: Shape) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -153,7 +153,7 @@ def _config(shape: Shape) -> Qwen3MoeConfig:
 
 
 def _random(shape: Shape) -> nn.Module:
-    config = _config(shape)
+    config = config_of(shape)
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config).eval()
     expert_parallel(model)
@@ -185,7 +185,7 @@ def _uniform(shape: Shape, seed: int, count: int, length: int) -> NDArray[np.int
     return np.random.default_rng(seed).integers(0, shape.vocabulary, (count, length))
 
 
-def _planted(shape: Shape) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def planted_routing(shape: Shape) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """`[V, k]` each id's experts, and `[V]` its block."""
     random = np.random.default_rng(0)
     block_of = random.permutation(shape.experts) % BLOCKS
@@ -203,7 +203,7 @@ def _planted(shape: Shape) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 @torch.no_grad()
-def _plant(model: Any, chosen: NDArray[np.int64]) -> None:
+def plant(model: Any, chosen: NDArray[np.int64]) -> None:
     """Routers that choose these experts: ids are orthogonal, and what layers add to them is small."""
     vocabulary, hidden = model.model.embed_tokens.weight.shape
     signs = torch.ones(1, 1)
@@ -224,9 +224,9 @@ def _plant(model: Any, chosen: NDArray[np.int64]) -> None:
 def _folded(shape: Shape) -> Pinned:
     """By DeepSpeed's engine, which folds AutoTP and AutoEP; every rank holds the whole model before."""
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(_config(shape))
-    chosen, _ = _planted(shape)
-    _plant(model, chosen)
+    model = Qwen3MoeForCausalLM(config_of(shape))
+    chosen, _ = planted_routing(shape)
+    plant(model, chosen)
     ranks = dist.get_world_size()
     specs = [
         {"patterns": [r".*\.o_proj\.weight$"], "partition_type": "row"},
