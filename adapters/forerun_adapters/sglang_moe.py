@@ -19,7 +19,6 @@ from forerun_adapters._require import require
 
 require("sglang")
 
-from sglang.srt.eplb import expert_location as _location  # noqa: E402
 from sglang.srt.layers.layer_boundary import stage as _stage  # noqa: E402
 from sglang.srt.layers.layer_boundary.residual import add_norm as _norm  # noqa: E402
 from sglang.srt.layers.layer_boundary.residual.batch import stream_of as _stream_of  # noqa: E402
@@ -29,11 +28,13 @@ from sglang.srt.layers.moe import topk as _topk  # noqa: E402
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE as _FusedMoE  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher import standard as _standard  # noqa: E402
 from sglang.srt.runtime_context import get_exec as _exec  # noqa: E402
+from sglang.srt.runtime_context import get_lora as _lora  # noqa: E402
 from sglang.srt.runtime_context import get_parallel as _parallel  # noqa: E402
 
 __all__ = [
     "LOADED",
     "LOCAL",
+    "ROUTED",
     "STATE",
     "Found",
     "Stage",
@@ -52,10 +53,13 @@ __all__ = [
     "routed",
     "server_obstacle",
     "top_k_of",
+    "undecided",
+    "weights",
 ]
 
 LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 LOCAL = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE._map_global_expert_id_to_local_expert_id"
+ROUTED = "sglang.srt.managers.data_parallel_controller.DataParallelController.maybe_external_dp_rank_routing"
 STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 
 
@@ -138,9 +142,15 @@ def server_obstacle() -> str | None:
         ),
         (not _a2a().is_none(), f"--moe-a2a-backend {_a2a().value}: expected none"),
         (_exec().moe.ep_num_redundant_experts > 0, "--ep-num-redundant-experts"),
+        (_exec().overlap.enable_two_batch_overlap, "--enable-two-batch-overlap"),
+        (bool(_lora().enable_lora or _lora().lora_paths), "LoRA adapters"),
         (
             _exec().moe.enable_eplb or _exec().moe.init_expert_location != "trivial",
             "--enable-eplb or --init-expert-location: either they or a plan say where experts lie",
+        ),
+        (
+            _exec().moe.expert_distribution_recorder_mode is not None,
+            "--expert-distribution-recorder-mode, which would see a part of the tokens: record without this section",
         ),
     )
     return next((reason for applies, reason in reasons if applies), None)
@@ -168,6 +178,17 @@ def obstacle(found: Found) -> str | None:
         (declared.output_transform is not None, "an output transform"),
     )
     return next((reason for applies, reason in reasons if applies), None)
+
+
+def weights(experts: Any) -> list[list[Tensor]]:
+    """Of each parameter of an expert, those of the E/R experts here, to be written in place."""
+    held = [parameter.data for _, parameter in sorted(experts.named_parameters())]
+    return [list(tensor) for tensor in held if tensor.ndim and len(tensor) == experts.num_local_experts]
+
+
+def undecided(request: Any) -> Any | None:
+    """A request's token ids, if neither its sender nor a health check says which data-parallel rank answers it."""
+    return request.input_ids if request.routed_dp_rank is None and request.input_ids else None
 
 
 def routed(answer: Any) -> tuple[Tensor, Tensor]:
@@ -225,6 +246,11 @@ class Stage(_stage.StageBoundary):  # type: ignore[misc]
         stream.write(residual)
         return mine
 
+    def exit(self, forward_batch: Any, **named: Any) -> Any:
+        if not self.forerun_spread.under_way:
+            return super().exit(forward_batch, **named)
+        return _Exit(self, forward_batch)
+
     def finish(self, hidden_states: Any, forward_batch: Any, **named: Any) -> Any:
         spread = self.forerun_spread
         if not spread.under_way:
@@ -236,6 +262,24 @@ class Stage(_stage.StageBoundary):  # type: ignore[misc]
             handed = stream.write(spread.gather(hidden_states, stream.residual))
         spread.end()
         return handed
+
+
+class _Exit:
+    """What a model is given that scopes its experts' computation by `exit`, not by `finish` alone."""
+
+    defer_moe_finalize = False
+
+    def __init__(self, stage: Stage, batch: Any) -> None:
+        self._stage, self._batch = stage, batch
+
+    def __enter__(self) -> _Exit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def finish(self, hidden_states: Any) -> Any:
+        return self._stage.finish(hidden_states, self._batch)
 
 
 def _tokens(stream: Any, batch: Any) -> tuple[int | None, int]:
@@ -261,8 +305,3 @@ def _row(stream: Any) -> int:
 def _captured() -> bool:
     # What a CUDA graph repeats may not depend on where tokens go.
     return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def has_location() -> bool:
-    """Whether SGLang keeps a map of where experts lie."""
-    return _location.get_global_expert_location_metadata() is not None

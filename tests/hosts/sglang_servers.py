@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,7 +31,7 @@ FLAGS = {
     "attention-backend": "torch_native",
     "sampling-backend": "pytorch",
     "grammar-backend": "none",
-    "mem-fraction-static": "0.05",
+    "mem-fraction-static": "0.5",
     "max-total-tokens": "4096",
     "max-running-requests": "16",
     "context-length": "512",
@@ -41,8 +43,11 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
+    """One below those that connections are given: SGLang takes further ones at a distance from it."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Server:

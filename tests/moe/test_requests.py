@@ -11,7 +11,7 @@ from tables import random_profile
 
 import forerun.moe
 from forerun.moe.planning import make_plan
-from forerun.moe.requests import assign, expected
+from forerun.moe.requests import Arrivals, assign, expected
 
 PROFILE = random_profile()[0]
 PLAN = make_plan(PROFILE, 4, effort=1)
@@ -72,3 +72,27 @@ def test_what_is_no_request_is_refused():
         assign([[1]], PLAN, limit=0.9)
     with pytest.raises(AttributeError, match="no attribute 'asign'"):
         getattr(forerun.moe, "asign")  # noqa: B009
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.sampled_from([1.0, 1.1, 2.0]))
+def test_arrivals_keep_to_the_limit_too(seed, count, limit):
+    arrivals, load = Arrivals(PLAN, limit=limit, memory=1 << 40), np.zeros(4)
+    sizes = []
+    for request in drawn(seed, count, 50):
+        load[arrivals.rank(request)] += len(request)
+        sizes.append(len(request))
+        assert load.max() <= max(limit * load.mean(), load.mean() + max(sizes)) + 1e-6
+    assert arrivals.load == pytest.approx(load)
+
+
+def test_an_arrival_goes_where_its_experts_are_expected():
+    for request in drawn(5, 20, 30):
+        if request:
+            share = expected([request], PLAN)[0]
+            assert share[Arrivals(PLAN, limit=100).rank(request)] == share.max()
+
+
+def test_arrivals_refuse_a_limit_below_one():
+    with pytest.raises(ValueError, match=re.escape("limit is 0.5; expected tokens of a rank over the mean")):
+        Arrivals(PLAN, limit=0.5)

@@ -8,12 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import pytest
+import torch
 
 pytest.importorskip("sglang")
 
 from sglang_models import continued, load, make_model, prompts
 from sglang_plans import plan_of, sent
 from sglang_servers import Server
+
+from forerun.moe.requests import Arrivals
+from forerun.moe.sglang_profile import profile_dumps
+from forerun.moe.transformers import profile_model
 
 pytestmark = pytest.mark.timeout(900)  # a server's start is slow beside other work
 MIXED = (40, 7, 23, 64, 5, 31, 12, 50)
@@ -37,9 +42,8 @@ class Case:
     def expected(self, asked, tokens):
         return [continued(self.model, prompt, tokens) for prompt in asked]
 
-    def layers(self):
-        (state,) = self.server.info()
-        return state["speculative_moe"]["layers"]
+    def layers(self, at=0):
+        return self.server.info()[at]["speculative_moe"]["layers"]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,8 @@ def test_what_is_asked_for_is_told(case):
         ("Qwen3Moe", 2, True, {"choose": False, "exact": True}, {"disable_radix_cache": True}),
         ("Qwen3Moe", 2, True, {}, {}),
         ("Qwen3Moe", 4, True, {"choose": False}, {}),
+        ("Qwen3Moe", 2, True, {"choose": False}, {"dp": 2, "enable_dp_attention": True}),
+        ("Qwen3Moe", 2, True, {"choose": False, "exact": True}, {"dp": 2, "enable_dp_attention": True}),
     ],
 )
 def test_other_models_ranks_and_modes(family, ranks, placed, section, flags, tmp_path):
@@ -127,6 +133,76 @@ def test_other_models_ranks_and_modes(family, ranks, placed, section, flags, tmp
     finally:
         case.server.close()
     assert case.server.members() == []
+
+
+@pytest.mark.soak
+def test_requests_go_where_their_experts_are_expected(tmp_path):
+    case = Case(tmp_path, "Qwen3Moe", dp=2, enable_dp_attention=True)
+    try:
+        case.server.ready(400)
+        asked = prompts([48] * 24, seed=4)
+        homes = Arrivals(case.plan)
+        expected = [homes.rank(prompt) for prompt in asked]
+        assert len(set(expected)) == 2
+        found = []
+        for prompt in asked:
+            body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
+            found.append(json.loads(case.server.call("/generate", body))["meta_info"]["dp_rank"])
+        assert found == expected
+    finally:
+        case.server.close()
+
+
+@pytest.mark.soak
+def test_experts_move_while_requests_are_served(tmp_path):
+    case = Case(tmp_path, "Qwen3Moe", config={"speculative_moe": {"choose": False, "watch": 16}})
+    try:
+        case.server.ready(400)
+        asked = prompts(MIXED)
+        expected = case.expected(asked, 96)
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(at_once, case.server, asked, 96)
+            time.sleep(2)
+            other = plan_of(case.model, prompts([48] * 12, seed=8), 2, seed=5)
+            assert (other.rank != case.plan.rank).any()
+            other.save(tmp_path / "plan.safetensors")
+            assert pending.result(300) == expected
+        assert at_once(case.server, asked, 64) == [one[:64] for one in expected]
+        (state,) = case.server.info()
+        per_expert = 3 * 64 * 128 * 4  # bytes: three matrices
+        order, before = torch.from_numpy(other.order), torch.from_numpy(case.plan.rank).long()
+        leaving = int((before.gather(1, order)[:, 4:] == 0).sum())  # of rank 0, which it held, to rank 1's places
+        assert state["speculative_moe"]["moved_bytes"] == leaving * per_expert > 0
+        (tmp_path / "plan.safetensors").write_bytes(b"no plan")
+        assert at_once(case.server, asked, 64) == [one[:64] for one in expected]
+        assert "forerun: the plan stays as it is" in case.server.told(1 << 20)
+    finally:
+        case.server.close()
+
+
+@pytest.mark.soak
+def test_a_profile_of_what_sglang_recorded_is_transformers(tmp_path):
+    records = tmp_path / "records"
+    flags = {"expert_distribution_recorder_mode": "per_token", "chunked_prefill_size": 256}
+    told = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(records)}
+    case = Case(tmp_path, "Qwen3Moe", config=None, disable_radix_cache=True, environment=told, **flags)
+    try:
+        case.server.ready(400)
+        asked = prompts([40, 7, 23])
+        case.server.call("/start_expert_distribution_record", {})
+        answers = case.server.generate(asked, 8)
+        case.server.call("/stop_expert_distribution_record", {})
+        case.server.call("/dump_expert_distribution_record", {})
+    finally:
+        case.server.close()
+    (first,), (second,) = records.glob("*_0.pt"), records.glob("*_1.pt")
+    found = profile_dumps([first], case.path)
+    whole = [torch.tensor(prompt + answer[:-1]) for prompt, answer in zip(asked, answers, strict=True)]
+    expected = profile_model(case.model, whole)
+    assert found.identity == expected.identity
+    assert (found.keys.tolist(), found.counts.tolist()) == (expected.keys.tolist(), expected.counts.tolist())
+    with pytest.raises(ValueError, match="is rank 1's; expected rank 0's"):
+        profile_dumps([second], case.path)
 
 
 @pytest.mark.soak

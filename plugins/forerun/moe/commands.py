@@ -21,8 +21,13 @@ def _room() -> None:
 
 @app.command()
 def profile(
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Text files like those it will serve.")],
     model: Annotated[str, typer.Option(help="Folder or repository of a transformers MoE model.")],
+    texts: Annotated[
+        list[Path] | None, typer.Argument(metavar="TEXT...", help="Text files like those it will serve.")
+    ] = None,
+    sglang: Annotated[
+        list[Path] | None, typer.Option(help="In place of texts: a dump of SGLang's recorder, mode per_token, rank 0.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The profile.")] = Path("profile.safetensors"),
     tokens: Annotated[int | None, typer.Option(help="After about so many the rest is left.")] = None,
     length: Annotated[int, typer.Option(help="Tokens that run as one sequence.")] = 512,
@@ -35,23 +40,30 @@ def profile(
     with _one_line_errors("profile"):
         from rich.progress import Progress
 
-        from forerun.moe.transformers import profile_path
-
-        for text in texts:
+        if bool(texts) == bool(sglang):
+            raise ValueError("expected text files, or dumps of SGLang's recorder (--sglang), one of both")
+        for text in (*(texts or ()), *(sglang or ())):
             text.open().close()
         with Progress(transient=True) as bar:
             task = bar.add_task("tokens", total=None)
-            found = profile_path(
-                model,
-                (text.read_text(errors="replace") for text in texts),
-                length=length,
-                batch=batch,
-                tokens=tokens,
-                device=device,
-                dtype=dtype,
-                seed=seed,
-                progress=lambda count: bar.advance(task, count),
-            )
+            if sglang:
+                from forerun.moe.sglang_profile import profile_dumps
+
+                found = profile_dumps(sglang, model, seed=seed, progress=lambda count: bar.advance(task, count))
+            else:
+                from forerun.moe.transformers import profile_path
+
+                found = profile_path(
+                    model,
+                    (text.read_text(errors="replace") for text in texts or ()),
+                    length=length,
+                    batch=batch,
+                    tokens=tokens,
+                    device=device,
+                    dtype=dtype,
+                    seed=seed,
+                    progress=lambda count: bar.advance(task, count),
+                )
         found.save(out)
         pairs = int(found.counts.sum())
         counted = pairs // (found.identity.top_k * len(found.identity.layers))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from forerun.moe.plan import Plan
 
-__all__ = ["assign", "expected"]
+__all__ = ["Arrivals", "assign", "expected"]
 
 
 def assign(requests: Sequence[Any], plan: Plan, *, limit: float = 1.1) -> NDArray[np.int64]:
@@ -59,6 +59,47 @@ def assign(requests: Sequence[Any], plan: Plan, *, limit: float = 1.1) -> NDArra
         room[to] -= size[waiting[chosen]]
         waiting = np.delete(waiting, chosen)
     return rank
+
+
+class Arrivals:
+    """Requests one by one, as they come: each to the rank where most of its experts are expected, if that has room.
+
+    A rank has room while its tokens, older ones counting less and less, are at most `limit` times the mean with the
+    request on it, or while no other rank has fewer.
+
+    Args:
+        plan: Whose ranks they are spread over.
+        limit: Most tokens of a rank, over the mean; 1 or more.
+        memory: Tokens of later requests after which a request counts half.
+
+    Raises:
+        ValueError: The limit is below 1.
+    """
+
+    def __init__(self, plan: Plan, *, limit: float = 1.1, memory: int = 1 << 16) -> None:
+        if not limit >= 1:
+            raise ValueError(f"limit is {limit}; expected tokens of a rank over the mean, 1 or more")
+        self._plan, self._limit, self._memory = plan, limit, memory
+        self.load = np.zeros(plan.ranks)  # tokens of each rank
+
+    def rank(self, request: Any) -> int:
+        """The rank of the next request.
+
+        Args:
+            request: Its token ids, as in `assign`.
+
+        Raises:
+            TypeError: It holds something else than whole numbers.
+        """
+        ids = _ids(request)
+        self.load *= 0.5 ** (len(ids) / self._memory)
+        most = self._limit * (self.load.sum() + len(ids)) / self._plan.ranks
+        has_room = (self.load + len(ids) <= most) | (self.load <= self.load.min())
+        share = expected([ids], self._plan)[0]
+        best = np.flatnonzero(has_room & (share >= share[has_room].max() - 1e-12))
+        chosen = int(best[self.load[best].argmin()])
+        self.load[chosen] += len(ids)
+        return chosen
 
 
 def expected(requests: Sequence[Any], plan: Plan) -> NDArray[np.float64]:

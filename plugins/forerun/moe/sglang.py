@@ -34,8 +34,10 @@ from forerun.moe.exchange import exchanged
 from forerun.moe.foresight import Foresight, even
 from forerun.moe.identity import Identity
 from forerun.moe.plan import Plan
+from forerun.moe.requests import Arrivals
 from forerun.moe.scatter import gather, scatter_sum
 from forerun.moe.sglang_config import Section
+from forerun.moe.sglang_live import Watch, replace
 from forerun.moe.sglang_spread import Ranks, Spread
 from forerun_adapters import sglang_moe as host
 from forerun_adapters.sglang import RELEASE, Hook
@@ -56,7 +58,11 @@ def hooks(section: Mapping[str, Any]) -> Sequence[Hook]:
     plan = None if asked.plan is None else Plan.load(Path(asked.plan))
     speculation = Speculation(asked, plan)
     needed = [Hook(host.LOADED, speculation.loaded), Hook(host.STATE, speculation.told, "after")]
-    return needed if plan is None else [*needed, Hook(host.LOCAL, speculation.local)]
+    if plan is None:
+        return needed
+    placing = Hook(host.LOCAL, speculation.local)
+    requests = [Hook(host.ROUTED, partial(_routed, Arrivals(plan)))] if asked.shuffle else []
+    return [*needed, placing, *requests]
 
 
 class Speculation:
@@ -70,11 +76,11 @@ class Speculation:
     def __init__(self, asked: Section, plan: Plan | None) -> None:
         self.asked, self.plan = asked, plan
         self.spread: dict[int, Spread] = {}  # by the layer's number in the model
+        self._ranks: Ranks  # when its model was loaded
         self.rates: Rates | None = None
-        self._place: dict[int, Tensor] = {}
-        if plan is not None:
-            order = torch.from_numpy(plan.order)
-            self._place = {number: order[at].argsort() for at, number in enumerate(plan.identity.layers)}
+        self.moved = 0  # bytes of experts that left this rank
+        self._place = {} if plan is None else _places(plan)
+        self._found: dict[int, Any] = {}  # SGLang's experts of each layer
 
     def local(self, stock: Callable[..., int], experts: Any, expert: int) -> int:
         """Around SGLang's question which place of a rank an expert is loaded into."""
@@ -93,13 +99,23 @@ class Speculation:
         if runner.is_draft_worker:
             return result
         found = host.layers(runner.model)
-        reason = self._misfit(runner, found)
+        reason = self._misfit(runner, found, self.plan)
         if reason is not None and host.ranks() < 2:
             raise ValueError(f"forerun: {reason}")
         placement = "none" if self.plan is None else hashlib.sha256(self.plan.rank.tobytes()).hexdigest()
         agree(None if reason is None else f"forerun: {reason}", f"{placement} {self.asked}", host.group())
         self._install(found, next(runner.model.parameters()))
+        if self.asked.watch and self.asked.plan is not None:
+            path, misfit = Path(self.asked.plan), partial(self._misfit, runner, found)
+            self._ranks.between = Watch(path, self.asked.watch, self.taken, misfit)
         return result
+
+    def taken(self, plan: Plan) -> None:
+        """Moves experts to where another plan has them; all ranks call it between the same two batches."""
+        self.moved += replace(self._found, self.spread, plan)
+        self.plan, self._place = plan, _places(plan)
+        self._foresee()
+        _log.info("forerun: experts lie by another plan of %s", plan.identity)
 
     def told(self, result: Any, *_: Any) -> Any:
         """After SGLang's answer of its internal state."""
@@ -112,11 +128,12 @@ class Speculation:
             "rank": host.rank(),
             "expected_rows": {str(number): one.choice.expected for number, one in self.spread.items()},
             "rates": None if self.rates is None else asdict(self.rates),
+            "moved_bytes": self.moved,
             "layers": layers,
         }
         return result
 
-    def _misfit(self, runner: Any, found: Sequence[host.Found]) -> str | None:
+    def _misfit(self, runner: Any, found: Sequence[host.Found], plan: Plan | None) -> str | None:
         """Why this rank cannot do what it was told."""
         name = type(runner.model).__name__
         if not found:
@@ -130,30 +147,35 @@ class Speculation:
                 return f"{one.name} of {name} cannot be speculated: {reason}"
         try:
             identity = _identity(runner, found)
-            if self.plan is not None:
-                self.plan.refuse_other(identity, host.ranks())
+            if plan is not None:
+                plan.refuse_other(identity, host.ranks())
         except ValueError as error:
             return str(error)
         return None
 
     def _install(self, found: Sequence[host.Found], like: Tensor) -> None:
-        apart = host.apart()
-        size = host.ranks()
-        shuffled = self.plan if self.asked.shuffle and not apart else None
-        ranks = Ranks(host.group(), host.rank(), size, self.asked.exact, apart, Foresight(shuffled, range(size)))
+        nothing = Foresight(None, range(host.ranks()))
+        self._ranks = Ranks(host.group(), host.rank(), host.ranks(), self.asked.exact, host.apart(), nothing)
         width = int(found[0].experts.hidden_size)
-        self.rates = _measured(ranks, width, like) if self.asked.choose else None
+        self.rates = _measured(self._ranks, width, like) if self.asked.choose else None
         for at, one in enumerate(found):
             place = self._place.get(one.number)
             place = None if place is None else place.to(like.device)
-            experts = host.experts_of(one.experts)
-            choice = Choice(self.rates, self._expected(at, experts, host.top_k_of(one.experts), size))
-            spread = Spread(ranks, at, experts, place, choice)
-            self.spread[one.number] = spread
+            spread = Spread(self._ranks, at, host.experts_of(one.experts), place, Choice(self.rates, 0.0))
+            self.spread[one.number], self._found[one.number] = spread, one.experts
             one.experts.forerun_spread = one.decoder.ffn_boundary.forerun_spread = spread
             one.experts.__class__ = host.experts_class(type(one.experts), _forward)
             one.decoder.ffn_boundary.__class__ = host.Stage
+        self._foresee()
         _log.info("forerun: %d layers of sglang %s are speculated, %s", len(found), RELEASE, self.rates or "always")
+
+    def _foresee(self) -> None:
+        """What the plan says of tokens, to all layers."""
+        size = self._ranks.size
+        shuffled = self.plan if self.asked.shuffle and not self._ranks.apart else None
+        self._ranks.foresight = Foresight(shuffled, range(size))
+        for number, one in self.spread.items():
+            one.choice.expected = self._expected(one.layer, one.experts, host.top_k_of(self._found[number]), size)
 
     def _expected(self, at: int, experts: int, top_k: int, size: int) -> float:
         """Rows that a token is expected to send to other ranks, half of both ways together."""
@@ -168,6 +190,20 @@ class Speculation:
         if shuffled and report is not None and report.sent is not None:
             rows = report.sent
         return (rows + top_k * (1 - local)) / 2 if self.asked.exact else rows
+
+
+def _places(plan: Plan) -> dict[int, Tensor]:
+    """`[E]` where each expert lies, by the layer's number."""
+    order = torch.from_numpy(plan.order)
+    return {number: order[at].argsort() for at, number in enumerate(plan.identity.layers)}
+
+
+def _routed(arrivals: Arrivals, stock: Callable[..., bool], controller: Any, request: Any) -> bool:
+    """Around SGLang's question whether a request names its data-parallel rank."""
+    ids = host.undecided(request)
+    if ids is not None:
+        request.routed_dp_rank = arrivals.rank(ids)
+    return stock(controller, request)
 
 
 def _forward(experts: Any, stock: Callable[[Any], Any], hidden: Tensor, answer: Any) -> Any:

@@ -1,12 +1,16 @@
 """The section of FORERUN_SGLANG that turns Speculative MoE on, and what each of its keys means:
 
-{"speculative_moe": {"plan": "plan.safetensors"}}
+    {"speculative_moe": {"plan": "plan.safetensors"}}
 
-plan      null   path of a plan file, of `forerun moe plan`; null: experts stay where they are
-exact     false  a row per (token, expert) comes back and is summed in the order of the router's answer, wherever
-                 experts lie; false: a sum per rank comes back, fewer bytes
-shuffle   true   tokens go where the plan expects their experts; false: they are split in their order
-choose    true   a layer takes stock's way for a batch that it is expected to be sooner for; false: never
+    plan      null   path of a plan file, of `forerun moe plan`; null: experts stay where they are
+    exact     false  a row per (token, expert) comes back and is summed in the order of the router's answer, wherever
+                     experts lie; false: a sum per rank comes back, fewer bytes
+    shuffle   true   tokens go where the plan expects their experts, under data-parallel attention requests; false:
+                     tokens are split in their order, requests as SGLang balances them
+    choose    true   a layer takes stock's way for a batch that it is expected to be sooner for; false: never
+    watch     0      after so many batches the plan's file is looked at, and experts move where it has changed; 0: never
+
+What the section asks for is checked before SGLang is asked for anything.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ class Section:
     exact: bool = False
     shuffle: bool = True
     choose: bool = True
+    watch: int = 0
 
     def __post_init__(self) -> None:
         for name in ("exact", "shuffle", "choose"):
@@ -39,6 +44,11 @@ class Section:
                 raise ValueError(f"{SECTION}: {name} is {getattr(self, name)!r}; expected true or false")
         if self.plan is not None and not isinstance(self.plan, str):
             raise ValueError(f"{SECTION}: plan is {self.plan!r}; expected the path of a plan file, or null")
+
+        if type(self.watch) is not int or self.watch < 0:
+            raise ValueError(f"{SECTION}: watch is {self.watch!r}; expected a number of batches, 0 or more")
+        if self.watch and self.plan is None:
+            raise ValueError(f"{SECTION}: watch is {self.watch} without a plan; expected the path of a plan file too")
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Section:

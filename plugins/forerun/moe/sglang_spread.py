@@ -27,7 +27,7 @@ from forerun.moe.shuffle import Shuffle
 __all__ = ["Counted", "Ranks", "Spread"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Ranks:
     """What the layers of a model have in common.
 
@@ -38,6 +38,7 @@ class Ranks:
         exact: Whether a row per (token, expert) comes back.
         apart: Whether attention is data-parallel: each rank has tokens of its own.
         foresight: Where tokens go.
+        between: Is called before every batch, alike on all ranks.
     """
 
     group: Group
@@ -46,6 +47,7 @@ class Ranks:
     exact: bool
     apart: bool
     foresight: Foresight
+    between: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -95,6 +97,7 @@ class Spread:
         """
         ranks = self.ranks
         if self.layer == 0:
+            ranks.between()
             ranks.foresight.begin(ids)
         self.under_way = everywhere > 0 and self.choice.spreads(everywhere)
         if not self.under_way:
@@ -152,7 +155,8 @@ class Spread:
         here = int(arrived.pairs[ranks.rank].sum())
         self._count(arrived.leaving(ranks.rank), len(answers) - here, hidden, torch.uint8)
         answers = return_pairs(arrived, answers)
-        slots = hidden.new_zeros(len(flat), hidden.shape[1]).index_copy_(0, order, answers).view(*expert.shape, -1)
+        slots = hidden.new_zeros(len(flat), hidden.shape[1]).index_copy_(0, order, answers)
+        slots = slots.view(*expert.shape, hidden.shape[1])
         return (slots.to(weight.dtype) * weight[..., None]).sum(1).to(hidden.dtype)
 
     def gather(self, output: Tensor, residual: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 - The experts' native forward pass takes global expert numbers. Under expert parallelism it is given local ones, and -1
   for experts elsewhere, which only its kernels know.
-- `torch.cpu.empty_cache`, which moving experts asks for.
+- `torch.cpu.empty_cache` and `is_current_stream_capturing`, which moving experts and recording ask for.
 - The value that the native attention backend fills the lengths of padding with.
 - `torch.cuda.current_stream`, which a prefill under context parallelism asks for on any device.
 
@@ -23,8 +23,9 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _experts, HookType.REPLACE)
-    if not hasattr(torch.cpu, "empty_cache"):
-        torch.cpu.empty_cache = lambda: None  # type: ignore[attr-defined]
+    for name, answer in (("empty_cache", None), ("is_current_stream_capturing", False)):
+        if not hasattr(torch.cpu, name):
+            setattr(torch.cpu, name, lambda answer=answer: answer)
     for name in ("get_cpu_graph_seq_len_fill_value", "get_cuda_graph_seq_len_fill_value"):
         setattr(TorchNativeAttnBackend, name, lambda self: 1)
     if not torch.cuda.is_available():

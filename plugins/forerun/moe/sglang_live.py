@@ -1,0 +1,106 @@
+"""Experts moved to where another plan has them, while an SGLang server goes on serving: the plan's file is replaced.
+
+After so many batches the first rank looks at the file and tells the others; where it has changed all ranks load it and
+move experts between the same two batches. A file that is no plan of this model is reported, and the old plan stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from forerun.moe.move import move
+from forerun.moe.plan import Plan
+from forerun.moe.sglang_spread import Spread
+from forerun_adapters import sglang_moe as host
+
+__all__ = ["Watch", "replace"]
+
+_log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Looks at a plan's file every so many batches; all ranks call it alike.
+
+    Args:
+        path: The file.
+        batches: Between two looks.
+        taken: Is told the plan that all ranks have loaded.
+        misfit: Why a plan cannot be taken; None: it can.
+    """
+
+    def __init__(
+        self, path: Path, batches: int, taken: Callable[[Plan], None], misfit: Callable[[Plan], str | None]
+    ) -> None:
+        self._path, self._batches, self._taken, self._misfit = path, batches, taken, misfit
+        self._left, self._seen = batches, self._stamp()
+
+    def __call__(self) -> None:
+        """A batch begins."""
+        self._left -= 1
+        if self._left:
+            return
+        self._left = self._batches
+        group, told = host.group(), [self._stamp() if host.rank() == 0 else ""]
+        dist.broadcast_object_list(told, dist.get_global_rank(group, 0), group=group)
+        if told[0] != self._seen:
+            self._seen = str(told[0])
+            self._load(group)
+
+    def _stamp(self) -> str:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return ""
+        return f"{status.st_mtime_ns} {status.st_size}"
+
+    def _load(self, group: Any) -> None:
+        problem, plan = None, None
+        try:
+            plan = Plan.load(self._path)
+            problem = self._misfit(plan)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        digest = "" if plan is None else hashlib.sha256(plan.rank.tobytes()).hexdigest()
+        answers: list[tuple[str | None, str]] = [(None, "")] * host.ranks()
+        dist.all_gather_object(answers, (problem, digest), group=group)
+        problem = next((other for other, _ in answers if other is not None), None)
+        if problem is None and len({what for _, what in answers}) > 1:
+            problem = f"{self._path} is not the same file on all ranks"
+        if problem is not None or plan is None:
+            _log.error("forerun: the plan stays as it is: %s", problem)
+            return
+        self._taken(plan)
+
+
+@torch.no_grad()
+def replace(found: Mapping[int, Any], spread: Mapping[int, Spread], plan: Plan) -> int:
+    """Moves every layer's experts; all ranks call it alike.
+
+    Args:
+        found: SGLang's experts of each layer, by its number.
+        spread: What each layer carries.
+        plan: Where experts shall lie.
+
+    Returns:
+        Bytes that left this rank.
+
+    Raises:
+        RuntimeError: A rank is lost: the server is of no use from then on.
+    """
+    left = 0
+    for at, number in enumerate(plan.identity.layers):
+        one = spread[number]
+        before = torch.arange(one.experts) if one.place is None else one.place.cpu().argsort()
+        after = torch.from_numpy(plan.order[at])
+        left += move(host.weights(found[number]), before, after, one.ranks.group)
+        place: Tensor = after.argsort()
+        one.place = place.to(next(found[number].parameters()).device)
+    return left
