@@ -22,6 +22,7 @@ FAMILIES = {
     "Mixtral": {**_SHAPE, "intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2},
     "Olmoe": {**_SHAPE, "intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2},
     "Qwen3": {**_SHAPE, "intermediate_size": 256, "head_dim": 32},
+    "Llama": {**_SHAPE, "intermediate_size": 256},
 }
 
 

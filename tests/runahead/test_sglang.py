@@ -20,6 +20,7 @@ SHARES = (0.6, 0.4)
 CHUNK = 128
 ALL_TOKENS = {"ignore_eos": True, "skip_special_tokens": False}
 LAYERS, KV_BYTES = 3, 2 * 2 * 32 * 4  # of the models: GQA, 2 heads of 32, fp32
+SHARED = {"chunked_prefill_size": CHUNK, "mem_fraction_static": 0.5}  # other processes' memory counts as theirs
 CHAIN = {"tp": 2, "attn_cp_size": 2, "enable_prefill_cp": True, "cp_strategy": "zigzag"}
 MIXED = [9, 70, 128, 1, 300, 33, 2, 141]
 
@@ -36,8 +37,8 @@ def servers(folder, tmp_path_factory):
     """Ours and stock, started together."""
     logs = tmp_path_factory.mktemp("logs")
     split = {"runahead": {"split": list(SHARES)}}
-    ours = Server(folder, logs / "ours", config=split, chunked_prefill_size=CHUNK, **CHAIN)
-    stock = Server(folder, logs / "stock", chunked_prefill_size=CHUNK)
+    ours = Server(folder, logs / "ours", config=split, **SHARED, **CHAIN)
+    stock = Server(folder, logs / "stock", **SHARED)
     try:
         yield ours.ready(600), stock.ready(600)
     finally:

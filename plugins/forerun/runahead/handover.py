@@ -73,7 +73,7 @@ class Handover:
     back: Any
     timeout: float
     moved: Moved = field(default_factory=Moved)
-    _rows: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()  # of each rank in the pass that goes on, or was the last
     _kind: Kind | None = None
     _layers: int = 0
     _posted: deque[tuple[torch.Tensor, torch.Tensor, list[Any]]] = field(default_factory=deque)
@@ -100,7 +100,7 @@ class Handover:
         """
         if self._awaited:
             raise RuntimeError("a pass began before the one before it was settled")
-        self._rows, self._layers, self._kind = tuple(rows), layers, kind
+        self.rows, self._layers, self._kind = tuple(rows), layers, kind
         self._asked, self._own = 0, []
         self._posted.clear()
         self.moved.passes += 1
@@ -117,7 +117,7 @@ class Handover:
             RuntimeError: The rank before is gone or silent.
         """
         keys, values, works = self._posted.popleft()
-        before = sum(self._rows[: self.rank])
+        before = sum(self.rows[: self.rank])
         keys[before:], values[before:] = key, value
         self._wait(works)
         self._post()
@@ -134,7 +134,7 @@ class Handover:
         kind = self._known()
         for layer in range(self._layers):
             for rank in range(self.rank + 1, self.size):
-                late = Late(layer, rank, *self._empty(self._rows[rank], kind))
+                late = Late(layer, rank, *self._empty(self.rows[rank], kind))
                 works = [self._receive(rank, part, self.back) for part in (late.key, late.value)]
                 self.moved.completed += late.key.nbytes + late.value.nbytes
                 self._awaited.append((late, works))
@@ -172,9 +172,9 @@ class Handover:
         return parts
 
     def _post(self) -> None:
-        kind, before = self._known(), sum(self._rows[: self.rank])
+        kind, before = self._known(), sum(self.rows[: self.rank])
         while self._asked < self._layers and len(self._posted) < _AHEAD:
-            both = self._empty(before + self._rows[self.rank], kind)
+            both = self._empty(before + self.rows[self.rank], kind)
             works = []
             if before:
                 works = [self._receive(self.rank - 1, part[:before], self.chain) for part in both]

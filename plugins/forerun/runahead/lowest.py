@@ -31,6 +31,10 @@ def attend_last(
     before = key.shape[0] - rows
     group = heads // key.shape[1]
     keys, values = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+    if not before:
+        queries = query.transpose(0, 1)[None]
+        whole = scaled_dot_product_attention(queries, keys, values, scale=scale, is_causal=True, enable_gqa=group > 1)
+        return whole[0].transpose(0, 1)
     found = query.new_empty(rows, heads, value.shape[2])
     for start in range(0, rows, _ROWS):
         end = min(start + _ROWS, rows)

@@ -141,8 +141,9 @@ class RunaheadStrategy(host.Strategy):  # type: ignore[misc]
             self._own.handover.give_back()
 
     def state(self) -> dict[str, Any]:
-        """What this rank has moved, in bytes."""
-        return {"rank": self.cp_rank, "ranks": self.cp_size, **asdict(self._own.handover.moved)}
+        """What this rank has moved, in bytes, and the rows of each rank in the last pass that was split."""
+        handover = self._own.handover
+        return {"rank": handover.rank, "ranks": handover.size, **asdict(handover.moved), "rows": list(handover.rows)}
 
     def can_apply(self, num_tokens: int, forward_batch: Any) -> bool:
         """Whether the pass is split."""

@@ -4,6 +4,7 @@
   for experts elsewhere, which only its kernels know.
 - `torch.cpu.empty_cache` and `is_current_stream_capturing`, which moving experts and recording ask for.
 - The value that the native attention backend fills the lengths of padding with.
+- Context-parallel strategies under the native attention backend, for benchmarks that set FORERUN_CPU_STRATEGIES.
 - `torch.cuda.current_stream`, which a prefill under context parallelism asks for on any device.
 
 Remove each when SGLang runs expert and context parallelism on any CPU.
@@ -11,6 +12,7 @@ Remove each when SGLang runs expert and context parallelism on any CPU.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 __all__ = ["register"]
@@ -28,6 +30,9 @@ def register() -> None:
             setattr(torch.cpu, name, lambda answer=answer: answer)
     for name in ("get_cpu_graph_seq_len_fill_value", "get_cuda_graph_seq_len_fill_value"):
         setattr(TorchNativeAttnBackend, name, lambda self: 1)
+    if os.environ.get("FORERUN_CPU_STRATEGIES"):
+        target = f"{TorchNativeAttnBackend.__module__}.TorchNativeAttnBackend.forward_extend"
+        HookRegistry.register(target, _extend, HookType.AROUND)
     if not torch.cuda.is_available():
         torch.cuda.current_stream = lambda device=None: None
 
@@ -47,3 +52,15 @@ def _experts(layer: Any, hidden: Any, routed: Any, config: Any) -> Any:
         answer = functional.linear(functional.silu(gate) * up, layer.w2_weight[here])
         total.index_add_(0, token, answer * weight[token, slot].unsqueeze(-1).to(hidden.dtype))
     return total
+
+
+def _extend(original: Any, backend: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, **rest: Any) -> Any:
+    """What SGLang's other backends do with a strategy of its own; forerun's has a hook of its own for this one."""
+    from sglang.srt.layers.cp.zigzag import ZigzagContextParallelMetadata
+
+    if not isinstance(batch.attn_cp_metadata, ZigzagContextParallelMetadata):
+        return original(backend, q, k, v, layer, batch, **rest)
+    from forerun.runahead.lowest import attend_last
+    from forerun_adapters.sglang_cp import attend, installed
+
+    return attend(backend, installed(), attend_last, q, k, v, layer, batch)

@@ -1,0 +1,147 @@
+"""SGLang servers of one or two ranks for the benchmark: a core a rank, and a network namespace if asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from links import ADDRESS, INTERFACE
+
+__all__ = ["Ranks", "versions"]
+
+_ROOT = Path(__file__).parents[2]
+PYTHON = _ROOT / ".venv-sglang" / "bin" / "python"  # SGLang's pins need an environment of their own
+_FLAGS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "attention-backend": "torch_native",
+    "sampling-backend": "pytorch",
+    "grammar-backend": "none",
+    "mem-fraction-static": "0.5",
+    "max-running-requests": "2",
+    "chunked-prefill-size": "-1",
+    "max-prefill-tokens": "32768",
+    "watchdog-timeout": "1200",
+    "log-level": "warning",
+}
+_SWITCHES = ("disable-overlap-schedule", "disable-cuda-graph", "skip-server-warmup", "skip-tokenizer-init")
+_ASK = Path(__file__).with_name("sglang_ask.py")
+
+
+class Ranks:
+    """One server; its ranks are nodes to SGLang, so that each keeps to its core, and to its network if it has one.
+
+    Args:
+        model: Folder of the model.
+        folder: For logs.
+        name: Of the logs.
+        tokens: Of the longest prompt.
+        ranks: One or two.
+        flags: Further ones of SGLang.
+        config: Of FORERUN_SGLANG; None: without forerun.
+        spaces: Network namespaces of the ranks; none: this one.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        name: str,
+        tokens: int,
+        *,
+        ranks: int,
+        flags: Sequence[str] = (),
+        config: dict[str, Any] | None = None,
+        spaces: Sequence[str] = (),
+    ) -> None:
+        self.port, self._space, self._model = _free_port(), spaces[0] if spaces else None, model
+        self._logs = [folder / f"{name}-{rank}.log" for rank in range(ranks)]
+        shown = {**_FLAGS, "context-length": tokens + 64, "max-total-tokens": 4 * tokens}
+        shared = [word for flag, value in shown.items() for word in (f"--{flag}", str(value))]
+        shared += [f"--{switch}" for switch in _SWITCHES] + list(flags)
+        shared += ["--tp-size", str(ranks), "--nnodes", str(ranks)]
+        host = ADDRESS.format(1) if spaces else "127.0.0.1"
+        shared += ["--dist-init-addr", f"{host}:{_free_port()}"]
+        paths = [_ROOT / "tests" / "hosts" / "sglang_shims", _ROOT / "plugins", _ROOT / "adapters"]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for rank, log in enumerate(self._logs):
+            command = ["ip", "netns", "exec", spaces[rank]] if spaces else []
+            command += ["taskset", "-c", str(rank), str(PYTHON), "-m", "sglang.launch_server"]
+            command += ["--model-path", str(model), *shared, "--node-rank", str(rank)]
+            command += ["--port", str(_free_port() if rank else self.port)]
+            address = ADDRESS.format(rank + 1) if spaces else "127.0.0.1"
+            variables = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, paths)),
+                "SGLANG_USE_CPU_ENGINE": "1",
+                "TORCH_COMPILE_DISABLE": "1",
+                "OMP_NUM_THREADS": "1",
+                "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
+                "HF_HUB_OFFLINE": "1",
+                "GLOO_SOCKET_IFNAME": INTERFACE if spaces else "lo",
+                "SGLANG_HOST_IP": address,
+                "HOST_IP": address,
+                "FORERUN_SGLANG": json.dumps(config) if config is not None else "",
+                "FORERUN_CPU_STRATEGIES": "1",
+            }
+            with log.open("w") as file:
+                self._processes.append(
+                    subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
+                )
+
+    def ask(self, lengths: Sequence[int], repeats: int, seconds: float = 1800) -> list[dict[str, Any]]:
+        """Rows of `sglang_ask.py`, asked from where the first rank is; waits for the server to start.
+
+        Raises:
+            RuntimeError: It did not answer.
+        """
+        command = ["ip", "netns", "exec", self._space] if self._space else []
+        command += [sys.executable, str(_ASK), str(self.port), str(self._model), str(repeats), *map(str, lengths)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asking:
+            end = time.monotonic() + seconds
+            while asking.poll() is None:
+                gone = any(process.poll() is not None for process in self._processes)
+                if gone or time.monotonic() > end:
+                    asking.kill()
+                    raise RuntimeError("the server ended" if gone else f"no answer in {seconds} s")
+                time.sleep(0.2)
+            told = asking.stdout.read() if asking.stdout else ""
+        if asking.returncode:
+            raise RuntimeError(f"asking ended with {asking.returncode}")
+        rows: list[dict[str, Any]] = json.loads(told)
+        return rows
+
+    def told(self) -> str:
+        """The ends of the logs."""
+        return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in self._logs)
+
+    def close(self) -> None:
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._processes:
+            process.wait(60)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of packages in SGLang's environment."""
+    program = (
+        "import json, sys; from importlib.metadata import version as v; print(json.dumps(list(map(v, sys.argv[1:]))))"
+    )
+    told = subprocess.run([PYTHON, "-c", program, *packages], capture_output=True, text=True, check=True, timeout=60)
+    return dict(zip(packages, json.loads(told.stdout), strict=True))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port

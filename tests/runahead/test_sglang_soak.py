@@ -1,0 +1,113 @@
+"""KV-Runahead in SGLang's server, at length: families of models, three ranks, a killed rank, refused starts."""
+
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sglang")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hosts"))
+
+from sglang_models import continued, load, make_model, prompts
+from sglang_servers import Server
+
+MIXED = [9, 70, 128, 1, 300, 33, 2, 141]
+SEARCHED = {"flops": 1e8}  # so slow that every prompt gains
+LEARNED = {
+    "MQA": ("Qwen3", {"num_key_value_heads": 1}, {"split": [0.55, 0.45]}),
+    "MHA": ("Qwen3", {"num_key_value_heads": 4}, SEARCHED),
+    "tied embeddings": ("Qwen3", {"tie_word_embeddings": True}, {"split": [0.3, 0.7]}),
+    "Llama": ("Llama", {}, {"split": [0.7, 0.3]}),
+    "Qwen2Moe": ("Qwen2Moe", {}, {"split": [0.5, 0.5]}),
+    "Qwen3Moe": ("Qwen3Moe", {}, SEARCHED),
+    "Mixtral": ("Mixtral", {}, {"split": [0.9, 0.1]}),
+}
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
+
+
+def chain(ranks):
+    flags = {"tp": ranks, "attn_cp_size": ranks, "enable_prefill_cp": True, "cp_strategy": "zigzag"}
+    return {**flags, "mem_fraction_static": 0.5}  # other processes' memory counts as if it were the server's
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts servers; all are ended."""
+    servers = []
+
+    def started(folder, section, ranks=2, **flags):
+        config = None if section is None else {"runahead": section}
+        servers.append(Server(folder, tmp_path / f"log{len(servers)}", config=config, **{**chain(ranks), **flags}))
+        return servers[-1]
+
+    yield started
+    for server in servers:
+        server.close()
+
+
+def assert_exact(server, folder):
+    reference, asked = load(folder), prompts(MIXED, seed=3)
+    wanted = [continued(reference, prompt, 64) for prompt in asked]
+    assert server.generate(asked, 64) == wanted
+    longer = [prompt + prompts([41], seed=4)[0] for prompt in asked]
+    assert server.generate(longer, 64) == [continued(reference, prompt, 64) for prompt in longer]
+    moved = server.info()[0]["runahead"]
+    assert moved["passes"] > 2 and moved["sent"] > 0 and moved["completed"] > 0
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_family_s_tokens_are_exact(kind, tmp_path, start):
+    family, changes, section = LEARNED[kind]
+    folder = make_model(tmp_path / "model", family, **changes)
+    assert_exact(start(folder, section, chunked_prefill_size=128).ready(600), folder)
+
+
+def test_three_ranks(tmp_path, start):
+    folder = make_model(tmp_path / "model", "Qwen3")
+    assert_exact(start(folder, {"split": [0.5, 0.3, 0.2]}, ranks=3).ready(600), folder)
+
+
+def test_a_killed_rank_ends_the_server(tmp_path, start):
+    folder = make_model(tmp_path / "model", "Qwen3")
+    server = start(folder, {"split": [0.6, 0.4]}).ready(600)
+    reference, prompt = load(folder), prompts([300])[0]
+    (last,) = [pid for pid in server.members() if "scheduler" in (name := title(pid)) and "TP1" in name]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(server.generate, prompt[i:], 100, 120) for i in range(4)]
+        time.sleep(0.5)
+        os.kill(last, signal.SIGKILL)
+        for i, one in enumerate(asked):
+            try:
+                found = one.result(180)
+            except Exception:
+                continue  # it was not answered
+            assert found == continued(reference, prompt[i:], 100)[: len(found)]
+    server.ended(180)
+    end = time.monotonic() + 60
+    while server.members():
+        assert time.monotonic() < end, f"left behind: {[title(pid) for pid in server.members()]}"
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize(
+    "section, flags, says",
+    [
+        ({}, {"enable_prefill_cp": None, "cp_strategy": None, "attn_cp_size": None}, "--enable-prefill-cp"),
+        ({"split": [0.5, 0.3, 0.2]}, {}, "the split is for 3 ranks"),
+        ({"split": "half"}, {}, "split is 'half'"),
+        ({}, {"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype is not served"),
+    ],
+)
+def test_a_start_that_is_refused(section, flags, says, tmp_path, start):
+    server = start(make_model(tmp_path / "model", "Qwen3"), section, **flags)
+    assert server.ended(600) != 0
+    assert says in server.told(200_000)
+
+
+def title(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
