@@ -27,6 +27,7 @@ from sglang.srt.layers.moe import get_moe_a2a_backend as _a2a  # noqa: E402
 from sglang.srt.layers.moe import topk as _topk  # noqa: E402
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE as _FusedMoE  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher import standard as _standard  # noqa: E402
+from sglang.srt.managers.utils import is_health_check_generate_req as _is_health_check  # noqa: E402
 from sglang.srt.runtime_context import get_exec as _exec  # noqa: E402
 from sglang.srt.runtime_context import get_lora as _lora  # noqa: E402
 from sglang.srt.runtime_context import get_parallel as _parallel  # noqa: E402
@@ -188,7 +189,8 @@ def weights(experts: Any) -> list[list[Tensor]]:
 
 def undecided(request: Any) -> Any | None:
     """A request's token ids, if neither its sender nor a health check says which data-parallel rank answers it."""
-    return request.input_ids if request.routed_dp_rank is None and request.input_ids else None
+    decided = request.routed_dp_rank is not None or _is_health_check(request)
+    return None if decided or not request.input_ids else request.input_ids
 
 
 def routed(answer: Any) -> tuple[Tensor, Tensor]:

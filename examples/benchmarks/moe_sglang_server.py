@@ -28,7 +28,7 @@ _ADDRESS, _INTERFACE = "10.213.47.1", "fr0"  # of the first rank, in its namespa
 _FLAGS = """
     --tp 2 --ep 2 --device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch
     --grammar-backend none --mem-fraction-static 0.5 --max-total-tokens 8192 --max-running-requests 16
-    --context-length 2048 --chunked-prefill-size 2048 --disable-overlap-schedule --disable-cuda-graph
+    --chunked-prefill-size 2048 --disable-overlap-schedule --disable-cuda-graph
     --disable-radix-cache --skip-server-warmup --skip-tokenizer-init --log-level warning
 """
 
