@@ -57,7 +57,7 @@ def assert_exact(server, folder):
     longer = [prompt + prompts([41], seed=4)[0] for prompt in asked]
     assert server.generate(longer, 64) == [continued(reference, prompt, 64) for prompt in longer]
     moved = server.info()[0]["runahead"]
-    assert moved["passes"] > 2 and moved["sent"] > 0 and moved["completed"] > 0
+    assert moved["passes"] >= 2 and moved["sent"] > 0 and moved["completed"] > 0
 
 
 @pytest.mark.parametrize("kind", LEARNED)
