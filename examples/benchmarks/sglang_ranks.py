@@ -87,6 +87,8 @@ class Ranks:
                 "OMP_NUM_THREADS": "1",
                 "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
                 "HF_HUB_OFFLINE": "1",
+                # It takes ranks that share memory for ones that share 127.0.0.1: in namespaces they would wait.
+                "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
                 "GLOO_SOCKET_IFNAME": INTERFACE if spaces else "lo",
                 "SGLANG_HOST_IP": address,
                 "HOST_IP": address,
