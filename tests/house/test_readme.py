@@ -267,6 +267,19 @@ def runahead_front() -> list[str]:
     return rows
 
 
+def runahead_sglang() -> list[str]:
+    """The table's rows, of SGLang's ranks, from `examples/benchmarks/results/sglang_runahead.json`."""
+    rows = []
+    for link, part in json.loads((_RESULTS / "sglang_runahead.json").read_text())["parts"].items():
+        found = {(row["way"], row["tokens"]): row["seconds"] for row in part["rows"]}
+        for tokens in sorted({tokens for _, tokens in found}):
+            *peers, ours = (found[way, tokens] for way in ("one rank", "TP=2", "zigzag", "even", "searched"))
+            waited = " | ".join(f"{seconds:.2f}" for seconds in peers)
+            sooner = " | ".join(f"{seconds / ours:.2f}x" for seconds in peers[:3])
+            rows.append(f"| {link} | {tokens} | {waited} | **{ours:.2f}** | {sooner} |")
+    return rows
+
+
 def runahead_others() -> str:
     """The sentence on chains over TCP, and on pipeline parallelism, which stock vLLM does not run on a CPU."""
     ways = _runahead("others")[4096]
@@ -287,6 +300,7 @@ def runahead_others() -> str:
         runahead_table,
         runahead_links,
         runahead_front,
+        runahead_sglang,
         moe_placement_table,
         moe_serving_table,
     ],
