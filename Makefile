@@ -64,12 +64,14 @@ SGLANG := SGLANG_USE_CPU_ENGINE=1 TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=1 PYTH
 test-sglang: setup ## The tests of what stands on SGLang, in its own environment
 	$(SGLANG) .venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
 
-soak: setup ## The tests at full counts, which takes long: tests/results/soak.txt, soak-vllm.txt
+soak: setup ## The tests at full counts, which takes long: tests/results/soak*.txt
 	@$(MAKE) --no-print-directory test-deepspeed
 	@mkdir -p tests/results
 	set -o pipefail; $(BIN)/pytest -m soak --timeout 3600 --no-header -v --show-capture=no 2>&1 | tee tests/results/soak.txt
 	set -o pipefail; $(VLLM_OLDEST) $(BIN)/pytest --timeout 3600 --no-header -v --show-capture=no \
 		tests/runahead/test_vllm*.py 2>&1 | tee tests/results/soak-vllm.txt
+	set -o pipefail; $(SGLANG) .venv-sglang/bin/pytest -m soak --timeout 3600 --no-header -v --show-capture=no \
+		tests/*/test_sglang*.py 2>&1 | tee tests/results/soak-sglang.txt
 
 demo: setup ## Every drop-in beside its stock host: build/report/index.html (SCHEME=picard for one)
 	$(BIN)/forerun demo $(if $(SCHEME),--scheme $(SCHEME))

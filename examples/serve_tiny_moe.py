@@ -36,10 +36,10 @@ from forerun.moe.transformers import profile_model
 REQUESTS, LENGTH, NEW = 16, 32, 8  # a rank's requests, their tokens, the tokens that are generated
 
 
-def planned(ranks: int, tokens: int, out: Path) -> None:
-    """Profiles the model, writes the plan and its picture, and the requests."""
-    model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32).eval()
-    words = AutoTokenizer.from_pretrained(ASSETS)
+def planned(ranks: int, tokens: int, out: Path, folder: Path = ASSETS) -> None:
+    """Profiles the model in a folder, writes the plan and its picture, and the requests."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    words = AutoTokenizer.from_pretrained(folder)
     trained, kept = sources()
     random = np.random.default_rng(0)
     some = [trained[at] for at in random.permutation(len(trained))[:60]]

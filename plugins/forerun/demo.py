@@ -16,7 +16,15 @@ from forerun.report import Section, write_page
 
 __all__ = ["SCHEMES", "DemoError", "run"]
 
-SCHEMES = ("picard", "runahead", "dlrm", "moe")
+# Each scheme's module has the example's name, `SCRIPT`, and `section(out)`.
+SCHEMES = {
+    "picard": "forerun.picard.demo",
+    "runahead": "forerun.runahead.demo",
+    "runahead-sglang": "forerun.runahead.sglang_demo",
+    "dlrm": "forerun.dlrm.demo",
+    "moe": "forerun.moe.demo",
+    "moe-sglang": "forerun.moe.sglang_demo",
+}
 
 
 class DemoError(Exception):
@@ -39,7 +47,7 @@ def run(schemes: Sequence[str], out: Path, progress: Callable[[str], None]) -> P
         raise DemoError(f"there is no scheme {unknown[0]!r}; there are {', '.join(SCHEMES)}")
     sections: list[Section] = []
     for scheme in schemes:
-        room = importlib.import_module(f"forerun.{scheme}.demo")
+        room = importlib.import_module(SCHEMES[scheme])
         progress(f"{scheme}: starting")
         try:
             with tempfile.TemporaryDirectory() as folder:

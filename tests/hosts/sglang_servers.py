@@ -57,15 +57,16 @@ class Server:
         model: Folder of the model.
         log: File of everything that its processes print.
         config: Of FORERUN_SGLANG: an object, or the text itself; None: the variable is not set.
+        python: Of the environment that has SGLang; None: this one's.
         flags: Further ones, as `tp=2`, underscores for dashes; True for a switch.
     """
 
-    def __init__(self, model, log, *, config=None, environment=(), **flags):
+    def __init__(self, model, log, *, config=None, environment=(), python=None, **flags):
         self.port, self.log = free_port(), Path(log)
         given = {**FLAGS, **dict.fromkeys(SWITCHES, True)}
         given |= {name.replace("_", "-"): value for name, value in flags.items()}
         ranks = int(given.get("tp", 1))
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+        command = [str(python or sys.executable), "-m", "sglang.launch_server", "--model-path", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         for name, value in given.items():
             command += [f"--{name}"] if value is True else [] if value is None else [f"--{name}", str(value)]
