@@ -105,7 +105,7 @@ def test_measurements_refine_the_rows(table):
     truth = Chain(slow, table.chain.link, 12, 8192)
     for tokens in (4096, 16384):
         best = search(truth, tokens, 3, block=16, slack=0)
-        assert float(truth.ttft(refined.split(tokens).contexts)) == pytest.approx(best.ttft, rel=1e-3)
+        assert float(truth.ttft(refined.split(tokens).contexts)) == pytest.approx(best.ttft, rel=3e-3)
         assert float(truth.ttft(table.split(tokens).contexts)) > best.ttft * 1.01
     assert refined.chain.link == table.chain.link
 
