@@ -137,11 +137,11 @@ def free_ports(count):
 def test_models_and_modes(tmp_path, shape, options):
     started = start(*(Engine(make_model(tmp_path, **shape), **options) for _ in range(2)))
     try:
-        rng = np.random.default_rng(0)
+        rng, block = np.random.default_rng(0), options.get("block_size", 64)
         for turn in range(20):
             length = int(rng.integers(200, 1500))
             tokens = prompt(turn, length)
-            bounds = [0, 64 * int(rng.integers(1, (length - 1) // 64 + 1)), length]
+            bounds = [0, block * int(rng.integers(1, (length - 1) // block + 1)), length]
             answer, told = run_chain(started, tokens, bounds)
             assert_same(answer, alone(started[0], tokens))
             assert failures(told[-1]) == 0
