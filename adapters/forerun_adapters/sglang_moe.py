@@ -219,12 +219,12 @@ def computed(experts: Any, rows: Tensor, number: Tensor) -> Tensor:
     return answer
 
 
-def experts_class(stock: type, forward: Callable[[Any, Callable[..., Any], Tensor, Any], Any]) -> type:
+def experts_class(stock: type[nn.Module], forward: Callable[[Any, Callable[..., Any], Tensor, Any], Any]) -> type:
     """A class for built experts, whose forward pass is `forward(layer, stock's, hidden, answer of the router)`."""
 
     def instead(layer: Any, hidden_states: Tensor, topk_output: Any, *rest: Any, **named: Any) -> Any:
         def stocks(answer: Any) -> Any:
-            return stock.forward(layer, hidden_states, answer, *rest, **named)  # type: ignore[attr-defined]
+            return stock.forward(layer, hidden_states, answer, *rest, **named)
 
         return forward(layer, stocks, hidden_states, topk_output)
 

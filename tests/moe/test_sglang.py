@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from importlib import metadata
 
 import pytest
@@ -251,8 +252,9 @@ def test_a_killed_rank_ends_the_server(tmp_path):
             pending = pool.submit(case.server.generate, asked, 400)
             time.sleep(1)
             os.kill(victims[0], signal.SIGKILL)
-            with pytest.raises((OSError, json.JSONDecodeError, KeyError)):
+            with pytest.raises((HTTPException, OSError, json.JSONDecodeError, KeyError)) as failed:
                 pending.result(300)
+            assert not isinstance(failed.value, TimeoutError)  # nobody is left waiting
         case.server.ended(300)
         end = time.monotonic() + 60
         while case.server.members() and time.monotonic() < end:

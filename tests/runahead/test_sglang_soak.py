@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,9 @@ def test_a_killed_rank_ends_the_server(tmp_path, start):
         for i, one in enumerate(asked):
             try:
                 found = one.result(180)
-            except Exception:
+            except TimeoutError:
+                raise  # nobody is left waiting
+            except (HTTPException, OSError, ValueError, KeyError):
                 continue  # it was not answered
             assert found == continued(reference, prompt[i:], 100)[: len(found)]
     server.ended(180)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -250,12 +250,9 @@ class _Joined:
     handover: Handover
     chooser: Chooser
     # Of the pass that goes on, or whose keys and values still travel; `build_metadata` and the first layer set them.
-    layers: list[Any] = None  # type: ignore[assignment]
+    layers: list[Any] = field(default_factory=list)
     slots: Any = None
     rows: tuple[torch.Tensor, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.layers = []
 
     @property
     def pool(self) -> Any:
