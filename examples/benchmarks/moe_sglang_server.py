@@ -21,13 +21,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+_ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(_ROOT / "tests" / "hosts"))
+
+from sglang_servers import ENVIRONMENT, ON_CPU, SHIMS  # noqa: E402
+
 __all__ = ["Client", "Server"]
 
-_ROOT = Path(__file__).parents[2]
 _ADDRESS, _INTERFACE = "10.213.47.1", "fr0"  # of the first rank, in its namespace: see links.py
 _FLAGS = """
-    --tp 2 --ep 2 --device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch
-    --grammar-backend none --mem-fraction-static 0.5 --max-total-tokens 8192 --max-running-requests 16
+    --tp 2 --ep 2 --max-total-tokens 8192 --max-running-requests 16
     --chunked-prefill-size 2048 --disable-overlap-schedule --disable-cuda-graph
     --disable-radix-cache --skip-server-warmup --skip-tokenizer-init --log-level warning
 """
@@ -51,19 +54,19 @@ class Server:
         self.port, self.names, self.seconds = _free_port(), list(names), seconds
         self.log = log
         cores = sorted(os.sched_getaffinity(0))
-        folders = (_ROOT / "tests" / "hosts" / "sglang_shims", _ROOT / "plugins", _ROOT / "adapters")
+        folders = (SHIMS, _ROOT / "plugins", _ROOT / "adapters")
         settings = {
+            **ENVIRONMENT,
             "PYTHONPATH": os.pathsep.join(map(str, folders)),
-            "SGLANG_USE_CPU_ENGINE": "1",
             "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(2)),
-            "TORCH_COMPILE_DISABLE": "1",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
             "GLOO_SOCKET_IFNAME": _INTERFACE if names else "lo",
         }
+        if names:  # it takes ranks that share memory for ones that share 127.0.0.1, and would wait
+            settings["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "0"
         if config is not None:
             settings["FORERUN_SGLANG"] = json.dumps({"speculative_moe": config})
         command = [str(python), "-m", "sglang.launch_server", "--model-path", str(model), *_FLAGS.split()]
+        command += [word for flag, value in ON_CPU.items() for word in (f"--{flag}", value)]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         nodes = "--nnodes 2 --dist-init-addr {}:{} --node-rank {}"
         port = _free_port()

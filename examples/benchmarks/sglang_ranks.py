@@ -16,17 +16,16 @@ from typing import Any
 
 from links import ADDRESS, INTERFACE
 
+_ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(_ROOT / "tests" / "hosts"))
+
+from sglang_servers import ENVIRONMENT, ON_CPU, SHIMS  # noqa: E402
+
 __all__ = ["Ranks", "versions"]
 
-_ROOT = Path(__file__).parents[2]
 PYTHON = _ROOT / ".venv-sglang" / "bin" / "python"  # SGLang's pins need an environment of their own
 _FLAGS = {
-    "device": "cpu",
-    "dtype": "float32",
-    "attention-backend": "torch_native",
-    "sampling-backend": "pytorch",
-    "grammar-backend": "none",
-    "mem-fraction-static": "0.5",
+    **ON_CPU,
     "max-running-requests": "2",
     "chunked-prefill-size": "-1",
     "max-prefill-tokens": "32768",
@@ -71,7 +70,7 @@ class Ranks:
         shared += ["--tp-size", str(ranks), "--nnodes", str(ranks)]
         host = ADDRESS.format(1) if spaces else "127.0.0.1"
         shared += ["--dist-init-addr", f"{host}:{_free_port()}"]
-        paths = [_ROOT / "tests" / "hosts" / "sglang_shims", _ROOT / "plugins", _ROOT / "adapters"]
+        paths = [SHIMS, _ROOT / "plugins", _ROOT / "adapters"]
         self._processes: list[subprocess.Popen[bytes]] = []
         for rank, log in enumerate(self._logs):
             command = ["ip", "netns", "exec", spaces[rank]] if spaces else []
@@ -81,12 +80,9 @@ class Ranks:
             address = ADDRESS.format(rank + 1) if spaces else "127.0.0.1"
             variables = {
                 **os.environ,
+                **ENVIRONMENT,
                 "PYTHONPATH": os.pathsep.join(map(str, paths)),
-                "SGLANG_USE_CPU_ENGINE": "1",
-                "TORCH_COMPILE_DISABLE": "1",
-                "OMP_NUM_THREADS": "1",
                 "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
-                "HF_HUB_OFFLINE": "1",
                 # It takes ranks that share memory for ones that share 127.0.0.1: in namespaces they would wait.
                 "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
                 "GLOO_SOCKET_IFNAME": INTERFACE if spaces else "lo",

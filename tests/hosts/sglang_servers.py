@@ -25,13 +25,16 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-FLAGS = {
+ON_CPU = {
     "device": "cpu",
     "dtype": "float32",
     "attention-backend": "torch_native",
     "sampling-backend": "pytorch",
     "grammar-backend": "none",
     "mem-fraction-static": "0.5",
+}
+FLAGS = {
+    **ON_CPU,
     "max-total-tokens": "4096",
     "max-running-requests": "16",
     "context-length": "512",
