@@ -64,7 +64,7 @@ def served(model: Path, out: Path, python: Path, config: dict[str, Any] | None) 
     server = Server(model, out / "server.log", config=config, python=python, tp=RANKS, ep=RANKS)
     try:
         server.ready()
-        server.generate(requests, 1)  # once to be warm
+        server.generate(requests, NEW)  # once to be warm, and so that what is tried by turns is decided
         server.call("/flush_cache", {})
         before = sent(server)
         began = time.perf_counter()

@@ -33,6 +33,7 @@ from sglang.srt.runtime_context import get_lora as _lora  # noqa: E402
 from sglang.srt.runtime_context import get_parallel as _parallel  # noqa: E402
 
 __all__ = [
+    "FORWARD",
     "LOADED",
     "LOCAL",
     "ROUTED",
@@ -41,6 +42,7 @@ __all__ = [
     "Stage",
     "all_reduce",
     "apart",
+    "batch_of",
     "computed",
     "experts_class",
     "experts_of",
@@ -58,6 +60,7 @@ __all__ = [
     "weights",
 ]
 
+FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 LOCAL = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE._map_global_expert_id_to_local_expert_id"
 ROUTED = "sglang.srt.managers.data_parallel_controller.DataParallelController.maybe_external_dp_rank_routing"
@@ -121,6 +124,15 @@ def ranks() -> int:
 def apart() -> bool:
     """Whether attention is data-parallel: each rank has tokens of its own."""
     return bool(_parallel().attn_dp_size > 1)
+
+
+def batch_of(batch: Any) -> tuple[int, Tensor | None]:
+    """A batch's tokens on all ranks together, and the ids of those on this rank, if it has any."""
+    ids = batch.input_ids
+    everywhere = batch.global_num_tokens_cpu if apart() else None
+    if everywhere is None:
+        return 0 if ids is None else len(ids), ids
+    return int(sum(everywhere)), ids
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -240,7 +252,7 @@ class Stage(_stage.StageBoundary):  # type: ignore[misc]
         stream, spread = _stream_of(forward_batch), self.forerun_spread
         tokens, everywhere = _tokens(stream, forward_batch)
         ready = tokens is not None and not _captured()
-        if not ready or not spread.begin(forward_batch.input_ids, tokens, everywhere, _row(stream)):
+        if not ready or not spread.begin(tokens, everywhere, _row(stream)):
             return super().prepare(hidden_states, forward_batch, **call)
         part, residual = stream.input(hidden_states)
         mine, residual = spread.scatter(part, residual)
@@ -295,8 +307,7 @@ def _tokens(stream: Any, batch: Any) -> tuple[int | None, int]:
     tokens = len(pending.value)
     if not apart():
         return tokens, tokens
-    everywhere = batch.global_num_tokens_cpu
-    return tokens, tokens if everywhere is None else int(sum(everywhere))
+    return tokens, batch_of(batch)[0]
 
 
 def _row(stream: Any) -> int:

@@ -46,7 +46,8 @@ def check(spread, count, matrix, compute):
     if shared.apart:
         dist.all_reduce(everywhere)
     before = spread.counted.bytes
-    if not spread.begin(None, count, int(everywhere), WIDTH * 4):
+    spread.chosen = True
+    if not spread.begin(count, int(everywhere), WIDTH * 4):
         assert int(everywhere) == 0
         return
     mine, kept = spread.scatter(part, residual)

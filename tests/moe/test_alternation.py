@@ -61,3 +61,34 @@ def test_a_batch_that_did_not_end_is_forgotten():
     trial.begin(4, CPU)  # an error in the middle of it
     assert ran(trial, 4, 6, slow=True) == [True, False, True, False, False, False]
     trial.end(4)  # none runs
+
+
+def test_a_clear_difference_is_decided_early_and_a_small_one_is_not():
+    trial = Alternation(20)
+    assert ran(trial, 4, 10, slow=True) == [True, False] * 4 + [False] * 2
+    alike = Alternation(20)
+    ways = []
+    for _ in range(12):
+        ways.append(alike.begin(4, CPU))
+        time.sleep(SLOW)
+        alike.end(4)
+    assert ways == [True, False] * 6
+
+
+def test_one_batch_that_took_long_decides_nothing():
+    trial = Alternation(3)
+    for batch in range(8):
+        ours = trial.begin(4, CPU)
+        time.sleep(10 * SLOW if batch == 4 else 0 if ours else SLOW)
+        trial.end(4)
+    assert trial.begin(4, CPU)
+
+
+def test_what_was_decided_is_tried_again():
+    trial = Alternation(1, again=10, way="spread", other="stock")
+    assert trial.decided() == []
+    assert ran(trial, 4, 4, slow=True) == [True, False] * 2
+    (told,) = trial.decided()
+    assert told.startswith("4 to 7 tokens: spread ") and told.endswith(" stock is kept")
+    assert ran(trial, 4, 6, slow=True) == [False] * 6
+    assert ran(trial, 4, 6, slow=False) == [True, False] * 2 + [True] * 2

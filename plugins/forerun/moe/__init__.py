@@ -25,7 +25,8 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
     deepspeed.py  `speculate`, `unspeculate`, `apply`: DeepSpeed's AutoEP and classic layers, in place; its docstring
                   lists the files beside it
     sglang.py     SGLang's expert parallelism; sglang_config.py the section of FORERUN_SGLANG, sglang_spread.py a
-                  layer's way; choice.py between it and sums over all ranks
+                  layer's way; choice.py what it is expected to take beside sums over all ranks, sglang_batches.py the
+                  way of each batch
     commands.py, demo.py   `forerun moe profile | plan | show`, `forerun demo`
 
 Axes: L MoE layers, E experts, k experts of a token, R ranks, N token ids, n tokens of a batch, P paths.

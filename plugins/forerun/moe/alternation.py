@@ -1,7 +1,8 @@
 """Whether what should be sooner is: two ways by turns, on batches of like size, and the sooner one from then on.
 
 Both ways give the same answer, so nothing is run twice. The ranks of a group, which have the same batches, add up what
-they measured and decide alike.
+they measured and decide alike: after a few turns where one way clearly takes longer, after all of them otherwise. As
+links and loads change, what was decided is tried again after many batches.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,9 @@ from forerun.moe.exchange import Group
 __all__ = ["Alternation"]
 
 _logger = logging.getLogger(__name__)
+_FEW = 3  # turns, after which a clear difference decides
+_CLEAR = 1.25  # the longer time over the shorter one
+_AGAIN = 4096  # batches of a size until it is tried again
 
 
 @dataclass
@@ -25,7 +30,8 @@ class _Size:
     """Batches of one size, to a power of two."""
 
     batches: int = 0
-    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the other way, of ours
+    seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # of the other way, of ours
+    medians: tuple[float, float] = (0.0, 0.0)  # s, when it was decided
     ours: bool | None = None  # None: not decided
 
 
@@ -33,44 +39,59 @@ class Alternation:
     """Tries a way against another one.
 
     Args:
-        turns: Batches of each size by each way, a first one of each left aside, before it is decided.
+        turns: Batches of each size by each way, a first one of each left aside, before it is decided at the latest.
         group: Of the ranks that have the same batches; None: all.
         way, other: What they are called in what is said of the decision.
+        again: Batches of a size until it is tried again.
     """
 
-    def __init__(self, turns: int, group: Group = None, way: str = "ours", other: str = "the other") -> None:
-        self._turns, self._group, self._names = turns, group, (other, way)
+    def __init__(
+        self, turns: int, group: Group = None, way: str = "ours", other: str = "the other", again: int = _AGAIN
+    ) -> None:
+        self._turns, self._group, self._names, self._again = turns, group, (other, way), again
         self._sizes: dict[int, _Size] = {}
         self._running: tuple[_Size, bool, torch.device, float] | None = None
 
     def begin(self, tokens: int, device: torch.device) -> bool:
         """Whether a batch of so many tokens goes our way; its time runs from here to `end`."""
         size = self._sizes.setdefault(tokens.bit_length(), _Size())
-        if size.ours is not None:
-            self._running = None
+        self._running = None
+        if size.ours is not None and size.batches < self._again:
+            size.batches += 1
             return size.ours
+        if size.ours is not None:
+            size.ours, size.batches, size.seconds = None, 0, ([], [])
         ours = size.batches % 2 == 0
         self._running = size, ours, device, _now(device)
         return ours
 
     def end(self, tokens: int) -> None:
-        """The batch is through; the last one of a trial waits for all ranks."""
+        """The batch is through; those that may decide wait for all ranks."""
         if self._running is None:
             return
         (size, ours, device, start), self._running = self._running, None
         if size.batches >= 2:
-            size.seconds[ours] += _now(device) - start
+            size.seconds[ours].append(_now(device) - start)
         size.batches += 1
-        if size.batches < 2 * (self._turns + 1):
+        turns = size.batches / 2 - 1
+        if turns not in (_FEW, self._turns):
             return
-        told = torch.tensor(size.seconds, dtype=torch.float64, device=device)
+        told = torch.tensor([median(spent) for spent in size.seconds], dtype=torch.float64, device=device)
         dist.all_reduce(told, group=self._group)
-        seconds = (told / self._turns / dist.get_world_size(self._group)).tolist()
-        size.ours = seconds[True] < seconds[False]
-        ways = [f"{self._names[way]} {seconds[way] * 1e3:.2f} ms" for way in (True, False)]
-        least = 1 << max(tokens.bit_length() - 1, 0)
-        kept = self._names[size.ours]
-        _logger.info("batches of %d to %d tokens: %s; %s is kept", least, 2 * least - 1, ", ".join(ways), kept)
+        other, way = (told / dist.get_world_size(self._group)).tolist()
+        if turns < self._turns and max(other, way) < _CLEAR * min(other, way):
+            return
+        size.ours, size.medians = way < other, (other, way)
+        _logger.info("batches of %s", self._told(tokens.bit_length(), size))
+
+    def decided(self) -> list[str]:
+        """What was decided, a line for each size of batches."""
+        return [self._told(bits, size) for bits, size in sorted(self._sizes.items()) if size.ours is not None]
+
+    def _told(self, bits: int, size: _Size) -> str:
+        least, (other, way) = 1 << max(bits - 1, 0), self._names
+        spent = f"{way} {size.medians[1] * 1e3:.2f} ms, {other} {size.medians[0] * 1e3:.2f} ms"
+        return f"{least} to {2 * least - 1} tokens: {spent}; {self._names[bool(size.ours)]} is kept"
 
 
 def _now(device: torch.device) -> float:

@@ -2,9 +2,9 @@
 
 Turned on by the section `speculative_moe` of FORERUN_SGLANG, see `forerun.moe.sglang_config`, for a server that is
 started as ever with `--tp R --ep R`. A layer's tokens are spread over the ranks between attention and experts, where
-that is expected to take less than stock's two sums over all ranks: `sglang_spread.py` is the way, `choice.py` the
-choice. Experts are loaded where the plan has them, whatever the way. `/server_info` tells what each layer did and sent,
-under `internal_states[...].forerun.speculative_moe`.
+that is expected to take less than stock's two sums over all ranks, and is found to: `sglang_spread.py` is the way,
+`choice.py` what is expected, `sglang_batches.py` has the trial. Experts are loaded where the plan has them, whatever
+the way. `/server_info` tells what each layer did and sent, under `internal_states[...].forerun.speculative_moe`.
 
 Prefill, decode, radix cache and chunked prefill are stock's. The result is stock's but for roundings: products of
 matrices have other numbers of rows, and sums another order.
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from forerun.moe.agreement import agree
+from forerun.moe.alternation import Alternation
 from forerun.moe.choice import Choice, Rates, measure
 from forerun.moe.dispatch import uniform_fan_out
 from forerun.moe.exchange import exchanged
@@ -36,6 +37,7 @@ from forerun.moe.identity import Identity
 from forerun.moe.plan import Plan
 from forerun.moe.requests import Arrivals
 from forerun.moe.scatter import gather, scatter_sum
+from forerun.moe.sglang_batches import Batches
 from forerun.moe.sglang_config import Section
 from forerun.moe.sglang_live import Watch, replace
 from forerun.moe.sglang_spread import Ranks, Spread
@@ -57,7 +59,11 @@ def hooks(section: Mapping[str, Any]) -> Sequence[Hook]:
     asked = Section.read(section)
     plan = None if asked.plan is None else Plan.load(Path(asked.plan))
     speculation = Speculation(asked, plan)
-    needed = [Hook(host.LOADED, speculation.loaded), Hook(host.STATE, speculation.told, "after")]
+    needed = [
+        Hook(host.LOADED, speculation.loaded),
+        Hook(host.FORWARD, speculation.forward),
+        Hook(host.STATE, speculation.told, "after"),
+    ]
     if plan is None:
         return needed
     placing = Hook(host.LOCAL, speculation.local)
@@ -76,7 +82,7 @@ class Speculation:
     def __init__(self, asked: Section, plan: Plan | None) -> None:
         self.asked, self.plan = asked, plan
         self.spread: dict[int, Spread] = {}  # by the layer's number in the model
-        self._ranks: Ranks  # when its model was loaded
+        self._batches: Batches | None = None  # when its model was loaded
         self.rates: Rates | None = None
         self.moved = 0  # bytes of experts that left this rank
         self._place = {} if plan is None else _places(plan)
@@ -107,8 +113,15 @@ class Speculation:
         self._install(found, next(runner.model.parameters()))
         if self.asked.watch and self.asked.plan is not None:
             path, misfit = Path(self.asked.plan), partial(self._misfit, runner, found)
-            self._ranks.between = Watch(path, self.asked.watch, self.taken, misfit)
+            assert self._batches is not None
+            self._batches.between = Watch(path, self.asked.watch, self.taken, misfit)
         return result
+
+    def forward(self, stock: Callable[..., Any], runner: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+        """Around a model's forward pass."""
+        if self._batches is None or runner.is_draft_worker:
+            return stock(runner, batch, *rest, **named)
+        return self._batches.run(*host.batch_of(batch), partial(stock, runner, batch, *rest, **named))
 
     def taken(self, plan: Plan) -> None:
         """Moves experts to where another plan has them; all ranks call it between the same two batches."""
@@ -128,6 +141,7 @@ class Speculation:
             "rank": host.rank(),
             "expected_rows": {str(number): one.choice.expected for number, one in self.spread.items()},
             "rates": None if self.rates is None else asdict(self.rates),
+            "trial": [] if self._batches is None or self._batches.trial is None else self._batches.trial.decided(),
             "moved_bytes": self.moved,
             "layers": layers,
         }
@@ -155,25 +169,29 @@ class Speculation:
 
     def _install(self, found: Sequence[host.Found], like: Tensor) -> None:
         nothing = Foresight(None, range(host.ranks()))
-        self._ranks = Ranks(host.group(), host.rank(), host.ranks(), self.asked.exact, host.apart(), nothing)
+        ranks = Ranks(host.group(), host.rank(), host.ranks(), self.asked.exact, host.apart(), nothing)
         width = int(found[0].experts.hidden_size)
-        self.rates = _measured(self._ranks, width, like) if self.asked.choose else None
+        self.rates = _measured(ranks, width, like) if self.asked.choose else None
         for at, one in enumerate(found):
             place = self._place.get(one.number)
             place = None if place is None else place.to(like.device)
-            spread = Spread(self._ranks, at, host.experts_of(one.experts), place, Choice(self.rates, 0.0))
+            spread = Spread(ranks, at, host.experts_of(one.experts), place, Choice(self.rates, 0.0))
             self.spread[one.number], self._found[one.number] = spread, one.experts
             one.experts.forerun_spread = one.decoder.ffn_boundary.forerun_spread = spread
             one.experts.__class__ = host.experts_class(type(one.experts), _forward)
             one.decoder.ffn_boundary.__class__ = host.Stage
+        tried = self.asked.choose and self.asked.trial
+        trial = Alternation(self.asked.trial, ranks.group, "spread", "stock") if tried else None
+        self._batches = Batches(ranks, list(self.spread.values()), like.device, trial)
         self._foresee()
         _log.info("forerun: %d layers of sglang %s are speculated, %s", len(found), RELEASE, self.rates or "always")
 
     def _foresee(self) -> None:
         """What the plan says of tokens, to all layers."""
-        size = self._ranks.size
-        shuffled = self.plan if self.asked.shuffle and not self._ranks.apart else None
-        self._ranks.foresight = Foresight(shuffled, range(size))
+        assert self._batches is not None
+        ranks = self._batches.ranks
+        size, shuffled = ranks.size, self.plan if self.asked.shuffle and not ranks.apart else None
+        ranks.foresight = Foresight(shuffled, range(size))
         for number, one in self.spread.items():
             one.choice.expected = self._expected(one.layer, one.experts, host.top_k_of(self._found[number]), size)
 

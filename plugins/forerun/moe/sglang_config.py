@@ -8,6 +8,8 @@
     shuffle   true   tokens go where the plan expects their experts, under data-parallel attention requests; false:
                      tokens are split in their order, requests as SGLang balances them
     choose    true   a layer takes stock's way for a batch that it is expected to be sooner for; false: never
+    trial     8      so many batches of each size go each way before the one that was sooner is kept, where a layer is
+                     expected to gain; 0: what is expected is done
     watch     0      after so many batches the plan's file is looked at, and experts move where it has changed; 0: never
 
 What the section asks for is checked before SGLang is asked for anything.
@@ -36,6 +38,7 @@ class Section:
     exact: bool = False
     shuffle: bool = True
     choose: bool = True
+    trial: int = 8
     watch: int = 0
 
     def __post_init__(self) -> None:
@@ -44,9 +47,10 @@ class Section:
                 raise ValueError(f"{SECTION}: {name} is {getattr(self, name)!r}; expected true or false")
         if self.plan is not None and not isinstance(self.plan, str):
             raise ValueError(f"{SECTION}: plan is {self.plan!r}; expected the path of a plan file, or null")
-
-        if type(self.watch) is not int or self.watch < 0:
-            raise ValueError(f"{SECTION}: watch is {self.watch!r}; expected a number of batches, 0 or more")
+        for name in ("trial", "watch"):
+            given = getattr(self, name)
+            if type(given) is not int or given < 0:
+                raise ValueError(f"{SECTION}: {name} is {given!r}; expected a number of batches, 0 or more")
         if self.watch and self.plan is None:
             raise ValueError(f"{SECTION}: watch is {self.watch} without a plan; expected the path of a plan file too")
 

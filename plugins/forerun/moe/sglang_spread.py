@@ -38,7 +38,6 @@ class Ranks:
         exact: Whether a row per (token, expert) comes back.
         apart: Whether attention is data-parallel: each rank has tokens of its own.
         foresight: Where tokens go.
-        between: Is called before every batch, alike on all ranks.
     """
 
     group: Group
@@ -47,7 +46,6 @@ class Ranks:
     exact: bool
     apart: bool
     foresight: Foresight
-    between: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -81,25 +79,22 @@ class Spread:
     choice: Choice
     pace: Pace = field(default_factory=Pace)
     counted: Counted = field(default_factory=Counted)
+    chosen: bool = False  # for the batch that runs
     under_way: bool = False  # between `begin` and `end`: the layer's experts are asked about this rank's tokens
     _there: Shuffle | None = None
     _away: Tensor | None = None  # [n] rows that each of this rank's tokens sent
     _seen: Tensor | None = None  # [n] the rank of most of each token's experts
 
-    def begin(self, ids: Tensor | None, tokens: int, everywhere: int, row: int) -> bool:
+    def begin(self, tokens: int, everywhere: int, row: int) -> bool:
         """Whether a batch is spread; all ranks answer alike.
 
         Args:
-            ids: Of the batch's tokens, if known.
             tokens: n, of the batch on this rank.
             everywhere: Tokens on all ranks together.
             row: Bytes of a token's hidden state.
         """
         ranks = self.ranks
-        if self.layer == 0:
-            ranks.between()
-            ranks.foresight.begin(ids)
-        self.under_way = everywhere > 0 and self.choice.spreads(everywhere)
+        self.under_way = self.chosen and everywhere > 0
         if not self.under_way:
             self.counted.stock += 1
             self.counted.stock_bytes += 4 * (ranks.size - 1) * everywhere * row // ranks.size
