@@ -23,7 +23,7 @@ help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make the environments, each once; seconds when nothing changed
-	@$(PYTHON) tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9 vllm-0.28
+	@$(PYTHON) tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9 vllm-0.28 sglang-0.5.20
 
 lint: setup ## Check the code's form
 	$(BIN)/ruff check
@@ -59,10 +59,13 @@ test-vllm: setup ## The tests of what stands on vLLM, on its oldest release: its
 	$(VLLM_OLDEST) $(BIN)/$(PYTEST) tests/runahead/test_vllm_cached.py tests/adapters/test_vllm.py
 
 # SGLang's pins are not the other hosts': its tests run in an environment of its own, one server at a time.
-SGLANG := SGLANG_USE_CPU_ENGINE=1 TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/hosts/sglang_shims
+SGLANG := SGLANG_USE_CPU_ENGINE=1 TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=1
+SGLANG_SHIMS := $(CURDIR)/tests/hosts/sglang_shims
 
-test-sglang: setup ## The tests of what stands on SGLang, in its own environment
-	$(SGLANG) .venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
+test-sglang: setup ## The tests of what stands on SGLang, in its own environment, on its oldest and its newest release
+	FORERUN_SGLANG_RELEASE=0.5.20 PYTHONPATH=$(CURDIR)/.venv-sglang-0.5.20:$(SGLANG_SHIMS) $(SGLANG) \
+		.venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
+	PYTHONPATH=$(SGLANG_SHIMS) $(SGLANG) .venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
 
 soak: setup ## The tests at full counts, which takes long: tests/results/soak*.txt
 	@$(MAKE) --no-print-directory test-deepspeed
@@ -70,7 +73,7 @@ soak: setup ## The tests at full counts, which takes long: tests/results/soak*.t
 	set -o pipefail; $(BIN)/pytest -m soak --timeout 3600 --no-header -v --show-capture=no 2>&1 | tee tests/results/soak.txt
 	set -o pipefail; $(VLLM_OLDEST) $(BIN)/pytest --timeout 3600 --no-header -v --show-capture=no \
 		tests/runahead/test_vllm*.py 2>&1 | tee tests/results/soak-vllm.txt
-	set -o pipefail; $(SGLANG) .venv-sglang/bin/pytest -m soak --timeout 3600 --no-header -v --show-capture=no \
+	set -o pipefail; PYTHONPATH=$(SGLANG_SHIMS) $(SGLANG) .venv-sglang/bin/pytest -m soak --timeout 3600 --no-header -v --show-capture=no \
 		tests/*/test_sglang*.py 2>&1 | tee tests/results/soak-sglang.txt
 
 demo: setup ## Every drop-in beside its stock host: build/report/index.html (SCHEME=picard for one)

@@ -1,8 +1,5 @@
 """SGLang's context parallelism: strategies, the ranks they run on, and the cache they write, in one shape.
 
-Written for and run with SGLang 0.5.23 only. Releases before it lay out a layer's boundaries, the groups and the scope
-that a model runs in otherwise, so they are refused.
-
 The contract tests of every symbol used here are in `tests/adapters/test_sglang_cp.py`.
 """
 
@@ -18,12 +15,11 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version
 
-from forerun_adapters.sglang import RELEASE
+from forerun_adapters._require import require
 
-_FIRST, _BEYOND = Version("0.5.23"), Version("0.5.24")
-if not _FIRST <= RELEASE < _BEYOND:
-    raise ImportError(f"sglang {RELEASE} is installed; context parallelism of forerun runs on {_FIRST} only")
+_RELEASE = require("sglang")
 
+from sglang.srt.distributed import parallel_state as _state  # noqa: E402
 from sglang.srt.distributed.parallel_state import patch_tensor_parallel_group  # noqa: E402
 from sglang.srt.layers.cp import base as _cp  # noqa: E402
 from sglang.srt.runtime_context import get_parallel  # noqa: E402
@@ -53,6 +49,12 @@ LOAD = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend"
 STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
+
+_BEFORE_21 = Version("0.5.21") > _RELEASE
+# What there is since 0.5.22. Remove when sglang >= 0.5.22.
+_SINCE_22 = Version("0.5.22") <= _RELEASE
+_NOT_SHARED = {"enable_cp_tp_group_sharing": False} if _SINCE_22 else {}
+_PHYSICAL = {"physical": True} if _SINCE_22 else {}  # of slots
 
 Strategy: Any = _cp.ContextParallelStrategy
 Metadata: Any = _cp.BaseContextParallelMetadata
@@ -102,13 +104,33 @@ def on_one_rank() -> Iterator[None]:
     Its weights are whole but for tensor parallelism within the rank. SGLang's own scope for a speculative draft does
     this; what the draft leaves as it is, as it never runs under context parallelism, is set here too.
     """
-    parallel = get_parallel()
-    single = parallel.pp_group  # of one, as `check_server` sees to
-    with (
-        patch_tensor_parallel_group(parallel.attn_tp_group, owns_attention=True),
-        parallel.override(enable_prefill_cp=False, enable_cp_tp_group_sharing=False, moe_dp_group=single),
-    ):
-        yield
+    own, single = get_parallel().attn_tp_group, get_parallel().pp_group  # of one, as `check_server` sees to
+    with _alone(own, single) if _BEFORE_21 else patch_tensor_parallel_group(own, owns_attention=True):
+        further = {} if _BEFORE_21 else {"enable_prefill_cp": False, "moe_dp_group": single, **_NOT_SHARED}
+        with get_parallel().override(**further):
+            yield
+
+
+@contextmanager
+def _alone(own: Any, single: Any) -> Iterator[None]:
+    """What SGLang's scope does only from 0.5.21 on. Remove when sglang >= 0.5.21.
+
+    Args:
+        own: The group of tensor parallelism within the rank.
+        single: A group of one.
+    """
+    seen = dict.fromkeys(("tp", "attn_tp", "moe_tp"), own) | dict.fromkeys(("attn_cp", "moe_ep", "moe_dp"), single)
+    told = {f"{kind}_group": group for kind, group in seen.items()}
+    told |= {f"{kind}_size": group.world_size for kind, group in seen.items()}
+    told |= {f"{kind}_rank": group.rank_in_group for kind, group in seen.items()}
+    before = _state._MOE_DP
+    # Read as it is, not by the runtime's context: it is the context-parallel group where that is the larger one.
+    _state._MOE_DP = single
+    try:
+        with patch_tensor_parallel_group(own), get_parallel().override(**told):
+            yield
+    finally:
+        _state._MOE_DP = before
 
 
 def check_server(size: int) -> None:
@@ -176,7 +198,7 @@ def write(pool: Any, layer: Any, slots: torch.Tensor, key: torch.Tensor, value: 
     """Puts keys and values `[S, H, D]` of one layer into slots `[S]` of the cache."""
     from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-    pool.set_kv_buffer(layer, KVWriteLoc(slots, physical=True), key, value, layer.k_scale, layer.v_scale)
+    pool.set_kv_buffer(layer, KVWriteLoc(slots, **_PHYSICAL), key, value, layer.k_scale, layer.v_scale)
 
 
 def attend(

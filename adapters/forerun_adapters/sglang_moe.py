@@ -1,36 +1,41 @@
 """SGLang's mixture-of-experts layers: where a layer's tokens come in, its experts, where they go out.
 
-A decoder layer has a stage around its experts (`StageBoundary`): `prepare` adds up the attention's output and its
-residual and norms it, `finish` adds up what the experts said. `Stage` and `experts_class` stand in for both on a layer
-that was built, and ask what they are given, a `forerun.moe.sglang_spread.Spread`.
+Between attention and experts a decoder layer adds up the attention's output and its residual and norms it; after the
+experts it adds up what they said. `attach` has a built layer ask a `forerun.moe.sglang_spread.Spread` about both, and
+`experts_class` stands in for its experts. How a layer does it depends on the release: `forerun_adapters.sglang_stage`
+from 0.5.21 on, `forerun_adapters.sglang_communicator` before.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from forerun_adapters._require import require
+from forerun_adapters.sglang_batch import apart, batch_of
 
-require("sglang")
+_RELEASE = require("sglang")
 
-from sglang.srt.layers.layer_boundary import stage as _stage  # noqa: E402
-from sglang.srt.layers.layer_boundary.residual import add_norm as _norm  # noqa: E402
-from sglang.srt.layers.layer_boundary.residual.batch import stream_of as _stream_of  # noqa: E402
-from sglang.srt.layers.layer_boundary.residual.stream import DeclaredSum as _DeclaredSum  # noqa: E402
 from sglang.srt.layers.moe import get_moe_a2a_backend as _a2a  # noqa: E402
 from sglang.srt.layers.moe import topk as _topk  # noqa: E402
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE as _FusedMoE  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher import standard as _standard  # noqa: E402
 from sglang.srt.managers.utils import is_health_check_generate_req as _is_health_check  # noqa: E402
 from sglang.srt.runtime_context import get_exec as _exec  # noqa: E402
+from sglang.srt.runtime_context import get_flags as _flags  # noqa: E402
 from sglang.srt.runtime_context import get_lora as _lora  # noqa: E402
 from sglang.srt.runtime_context import get_parallel as _parallel  # noqa: E402
+
+_boundary: Any = import_module(
+    "forerun_adapters.sglang_stage" if Version("0.5.21") <= _RELEASE else "forerun_adapters.sglang_communicator"
+)
 
 __all__ = [
     "FORWARD",
@@ -39,14 +44,15 @@ __all__ = [
     "ROUTED",
     "STATE",
     "Found",
-    "Stage",
     "all_reduce",
     "apart",
+    "attach",
     "batch_of",
     "computed",
     "experts_class",
     "experts_of",
     "group",
+    "is_draft",
     "layers",
     "name_of",
     "obstacle",
@@ -106,6 +112,14 @@ def top_k_of(experts: Any) -> int:
     return int(experts.top_k or experts.moe_runner_config.top_k or 0)
 
 
+def is_draft(experts: Any) -> bool:
+    """Whether they are a draft's, of speculative decoding; asked first while they are loaded."""
+    # Experts do not say so before SGLang 0.5.23, but a draft is loaded in a scope of its own.
+    if not hasattr(experts, "is_draft"):
+        experts.is_draft = _flags().moe.in_speculative_scope
+    return bool(experts.is_draft)
+
+
 def group() -> Any:
     """The process group of the ranks that share the experts."""
     return _parallel().moe_ep_group.device_group
@@ -119,20 +133,6 @@ def rank() -> int:
 def ranks() -> int:
     """R."""
     return int(_parallel().moe_ep_size)
-
-
-def apart() -> bool:
-    """Whether attention is data-parallel: each rank has tokens of its own."""
-    return bool(_parallel().attn_dp_size > 1)
-
-
-def batch_of(batch: Any) -> tuple[int, Tensor | None]:
-    """A batch's tokens on all ranks together, and the ids of those on this rank, if it has any."""
-    ids = batch.input_ids
-    everywhere = batch.global_num_tokens_cpu if apart() else None
-    if everywhere is None:
-        return 0 if ids is None else len(ids), ids
-    return int(sum(everywhere)), ids
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -171,11 +171,10 @@ def server_obstacle() -> str | None:
 
 def obstacle(found: Found) -> str | None:
     """What of a layer only stock serves; None: nothing."""
-    experts, stage = found.experts, getattr(found.decoder, "ffn_boundary", None)
+    experts, boundary = found.experts, _boundary.boundary_of(found.decoder)
     config = experts.moe_runner_config
-    if not isinstance(stage, _stage.StageBoundary):
-        return f"{type(found.decoder).__name__} does not hand its tokens over by a stage of SGLang's"
-    declared = stage.declaration
+    if boundary is None:
+        return f"{type(found.decoder).__name__} does not hand its tokens over in the way of SGLang's other models"
     block: Any = next(m for m in found.decoder.children() if experts in list(m.modules()))
     shared = getattr(block, "shared_experts", getattr(block, "shared_expert", None))
     reasons = (
@@ -186,11 +185,8 @@ def obstacle(found: Found) -> str | None:
         (config.apply_router_weight_on_input, "router weights on the experts' input"),
         (config.routed_scaling_factor not in (None, 1.0), f"routed_scaling_factor {config.routed_scaling_factor}"),
         (experts.quant_config is not None, f"{experts.quant_config and experts.quant_config.get_name()} quantization"),
-        (stage.plan.fusions is not None or declared.row_transport is not None, "a stage with kernels of its own"),
-        (not (declared.read.is_plain_norm and declared.update.is_plain_add), "a residual that is not a plain sum"),
-        (declared.output_transform is not None, "an output transform"),
     )
-    return next((reason for applies, reason in reasons if applies), None)
+    return next((reason for applies, reason in reasons if applies), None) or _boundary.obstacle(boundary)
 
 
 def weights(experts: Any) -> list[list[Tensor]]:
@@ -231,6 +227,13 @@ def computed(experts: Any, rows: Tensor, number: Tensor) -> Tensor:
     return answer
 
 
+def attach(decoder: nn.Module, spread: Any) -> None:
+    """Has a built layer ask a `Spread` about every batch: whether it is spread, and to do it."""
+    boundary = _boundary.boundary_of(decoder)
+    assert boundary is not None
+    boundary.forerun_spread, boundary.__class__ = spread, _boundary.Stage
+
+
 def experts_class(stock: type[nn.Module], forward: Callable[[Any, Callable[..., Any], Tensor, Any], Any]) -> type:
     """A class for built experts, whose forward pass is `forward(layer, stock's, hidden, answer of the router)`."""
 
@@ -241,80 +244,3 @@ def experts_class(stock: type[nn.Module], forward: Callable[[Any, Callable[..., 
         return forward(layer, stocks, hidden_states, topk_output)
 
     return type(f"Speculative{stock.__name__}", (stock,), {"forward": instead})
-
-
-class Stage(_stage.StageBoundary):  # type: ignore[misc]
-    """A stage that asks `forerun_spread` about every batch: whether it is spread, and to do it."""
-
-    forerun_spread: Any
-
-    def prepare(self, hidden_states: Any, forward_batch: Any, **call: Any) -> Any:
-        stream, spread = _stream_of(forward_batch), self.forerun_spread
-        tokens, everywhere = _tokens(stream, forward_batch)
-        ready = tokens is not None and not _captured()
-        if not ready or not spread.begin(tokens, everywhere, _row(stream)):
-            return super().prepare(hidden_states, forward_batch, **call)
-        part, residual = stream.input(hidden_states)
-        mine, residual = spread.scatter(part, residual)
-        mine, residual = _norm.NORM_READOUT.update_and_read(_norm.PLAIN_ADD, mine, residual, self.norm)
-        stream.write(residual)
-        return mine
-
-    def exit(self, forward_batch: Any, **named: Any) -> Any:
-        if not self.forerun_spread.under_way:
-            return super().exit(forward_batch, **named)
-        return _Exit(self, forward_batch)
-
-    def finish(self, hidden_states: Any, forward_batch: Any, **named: Any) -> Any:
-        spread = self.forerun_spread
-        if not spread.under_way:
-            return super().finish(hidden_states, forward_batch, **named)
-        stream = _stream_of(forward_batch)
-        if spread.ranks.apart:
-            handed = stream.record(hidden_states, _norm.PLAIN_ADD)
-        else:
-            handed = stream.write(spread.gather(hidden_states, stream.residual))
-        spread.end()
-        return handed
-
-
-class _Exit:
-    """What a model is given that scopes its experts' computation by `exit`, not by `finish` alone."""
-
-    defer_moe_finalize = False
-
-    def __init__(self, stage: Stage, batch: Any) -> None:
-        self._stage, self._batch = stage, batch
-
-    def __enter__(self) -> _Exit:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def finish(self, hidden_states: Any) -> Any:
-        return self._stage.finish(hidden_states, self._batch)
-
-
-def _tokens(stream: Any, batch: Any) -> tuple[int | None, int]:
-    """A batch's tokens here, None where what was handed over is no plain part of a sum; and on all ranks together."""
-    pending = stream.pending
-    if pending is None or stream.residual is None or not isinstance(pending.value, Tensor):
-        return None, 0
-    owed = pending.owed
-    if owed is not None and not (isinstance(owed, _DeclaredSum) and owed.complete_sum is None):
-        return None, 0
-    tokens = len(pending.value)
-    if not apart():
-        return tokens, tokens
-    return tokens, batch_of(batch)[0]
-
-
-def _row(stream: Any) -> int:
-    value = stream.pending.value
-    return int(value.shape[-1] * value.element_size())
-
-
-def _captured() -> bool:
-    # What a CUDA graph repeats may not depend on where tokens go.
-    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -1,5 +1,8 @@
 """Hooks on SGLang: put, applied, checked, on the real registry."""
 
+import os
+from importlib import metadata
+
 import pytest
 
 pytest.importorskip("sglang")
@@ -27,6 +30,11 @@ def registry(monkeypatch):
 
 def shouted(original, source):
     return original(source).upper()
+
+
+def test_this_is_the_release_that_was_asked_for():
+    asked = os.environ.get("FORERUN_SGLANG_RELEASE", "0.5.23")  # `make test-sglang` sets it
+    assert metadata.version("sglang") == asked
 
 
 def test_a_hook_is_applied_and_checked(registry):

@@ -91,7 +91,7 @@ class Speculation:
     def local(self, stock: Callable[..., int], experts: Any, expert: int) -> int:
         """Around SGLang's question which place of a rank an expert is loaded into."""
         place = self._place.get(experts.layer_id)
-        routed = place is not None and not experts.is_draft and 0 <= expert < len(place)
+        routed = place is not None and not host.is_draft(experts) and 0 <= expert < len(place)
         return stock(experts, int(place[expert]) if place is not None and routed else expert)
 
     def loaded(self, stock: Callable[..., Any], runner: Any, *rest: Any, **named: Any) -> Any:
@@ -177,9 +177,9 @@ class Speculation:
             place = None if place is None else place.to(like.device)
             spread = Spread(ranks, at, host.experts_of(one.experts), place, Choice(self.rates, 0.0))
             self.spread[one.number], self._found[one.number] = spread, one.experts
-            one.experts.forerun_spread = one.decoder.ffn_boundary.forerun_spread = spread
+            one.experts.forerun_spread = spread
             one.experts.__class__ = host.experts_class(type(one.experts), _forward)
-            one.decoder.ffn_boundary.__class__ = host.Stage
+            host.attach(one.decoder, spread)
         tried = self.asked.choose and self.asked.trial
         trial = Alternation(self.asked.trial, ranks.group, "spread", "stock") if tried else None
         self._batches = Batches(ranks, list(self.spread.values()), like.device, trial)
