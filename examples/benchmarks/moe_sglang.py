@@ -1,15 +1,17 @@
-"""Speculative MoE in SGLang's server on 2 ranks: its own expert parallelism, ours part by part and as turned on.
+"""Speculative MoE in SGLang's server on 2 and 4 ranks: its own expert parallelism, ours part by part and as turned on.
 
-- stock: SGLang's `--tp 2 --ep 2`, two sums over all ranks a layer.
+- stock: SGLang's `--tp R --ep R`, two sums over all ranks a layer.
 - ours: tokens spread over the ranks, experts in their order.
 - s-EG: experts grouped by a plan too.
 - s-EG + s-TS: tokens sent where the plan expects their experts too.
-- forerun: the same as it is turned on: each layer and batch takes the way that is expected to be sooner on this link.
+- forerun: the same as it is turned on: each layer and batch takes the way that is expected to be sooner on this link,
+  and is found to be.
 
-Ranks are two nodes of one server in network namespaces, joined by links without limit, of 1 Gbit/s and of 100 Mbit/s,
-which needs root; `--links loopback` does not. Writes `results/sglang.json` and a picture.
+Models are those of the DeepSpeed benchmark (`moe_models.py`). Ranks are nodes of one server in network namespaces,
+joined by links without limit, of 1 Gbit/s and of 100 Mbit/s, which needs root; `--links loopback` does not. A case that
+is run replaces its own rows in `results/moe_sglang.json`; the picture shows all cases that are there.
 
-    python examples/benchmarks/moe_sglang.py [--links loopback] [--length 512] [--repeats 5]
+    python examples/benchmarks/moe_sglang.py [--models planted] [--ranks 2] [--links loopback] [--repeats 7]
 """
 
 from __future__ import annotations
@@ -37,59 +39,81 @@ from forerun.moe.transformers import profile_model
 
 _RESULTS = Path(__file__).parent / "results"
 _RATES = {"loopback": None, "1gbit": 1e9, "100mbit": 1e8}  # bits a second, each way of each rank
-_RANKS = 2
+_SHAPES = {"random": "olmoe", "planted": "olmoe", "folded": "folded"}  # of the models
 _WAYS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "ours": {"choose": False},
     "s-EG": {"choose": False, "plan": True, "shuffle": False},
     "s-EG + s-TS": {"choose": False, "plan": True},
     "forerun": {"plan": True},
+    "stock again": None,  # what both sides of the same differ by
 }
 
 
 def main(out: Path, options: argparse.Namespace) -> None:
+    for name in options.models.split(","):
+        shape = moe_models.SHAPES[options.shape or _SHAPES[name]]
+        with tempfile.TemporaryDirectory() as folder:
+            path = _made(Path(folder), name, shape)
+            for ranks in map(int, options.ranks.split(",")):
+                plan = _planned(path, Path(folder), shape, ranks, options.effort)
+                found = _case(path, plan, ranks, shape, options)
+                _same_answers(found)
+                _keep(out, options, f"{name}, {ranks} ranks", _held(found, ranks))
+
+
+def _case(
+    model: Path, plan: Path, ranks: int, shape: moe_models.Shape, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     links = options.links.split(",")
-    shape = moe_models.SHAPES[options.shape]
-    with tempfile.TemporaryDirectory() as folder:
-        path, plan = _made(Path(folder), shape, options.effort)
-        found: list[dict[str, Any]] = []
-        for way, section in _WAYS.items():
-            config = None if section is None else {**section, **({"plan": str(plan)} if section.get("plan") else {})}
-            # What chooses is told of the link when its server starts.
-            groups = [[link] for link in links] if config is not None and config.get("choose", True) else [links]
-            for group in groups:
-                found += _measured(way, config, path, Path(folder), group, shape, options)
-                print(json.dumps(found[-len(group) :]), flush=True)
-    _same_answers(found)
+    found: list[dict[str, Any]] = []
+    for way in options.ways.split(","):
+        section = _WAYS[way]
+        config = None if section is None else {**section, **({"plan": str(plan)} if section.get("plan") else {})}
+        # What chooses is told of the link when its server starts.
+        groups = [[link] for link in links] if config is not None and config.get("choose", True) else [links]
+        for group in groups:
+            found += _measured(way, config, model, ranks, group, shape, options)
+            print(json.dumps([{**one, "answers": None} for one in found[-len(group) :]]), flush=True)
+    return found
+
+
+def _keep(out: Path, options: argparse.Namespace, case: str, held: list[dict[str, Any]]) -> None:
     here = provenance(torch.device("cpu"), ("numpy", "torch", "transformers"), "python " + " ".join(_command()))
     here["versions"]["sglang"] = options.release
-    file = out / "sglang.json"
+    file = out / "moe_sglang.json"
     old = json.loads(file.read_text()) if file.exists() else {}
     run = {"command": here["command"], "commit": here["commit"]}
-    parts = {**old.get("parts", {}), "moe": {"run": run, "rows": _rows(found), "measured": _held(found)}}
+    parts = {**old.get("parts", {}), case: {"run": run, "rows": _rows(case, held), "measured": held}}
     result = {**here, "rows": [row for part in parts.values() for row in part["rows"]], "parts": parts}
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
-    _draw(_held(found), out / "sglang-moe.png")
+    _draw({name: part["measured"] for name, part in parts.items()}, out / "moe_sglang.png")
 
 
 def _command() -> list[str]:
     return ["examples/benchmarks/moe_sglang.py", *sys.argv[1:]]
 
 
-def _made(folder: Path, shape: moe_models.Shape, effort: int) -> tuple[Path, Path]:
-    """A model whose routing is planted in four hidden blocks, and a plan of it from other requests than are timed."""
+def _made(folder: Path, name: str, shape: moe_models.Shape) -> Path:
+    """A model with random weights, its routing planted in four hidden blocks or as random as they are."""
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(moe_models.config_of(shape)).eval()
-    chosen, _ = moe_models.planted_routing(shape)
-    moe_models.plant(model, chosen)
-    path = folder / "planted"
-    model.save_pretrained(path)
-    profiled = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    config = moe_models.config_of(shape)
+    config.max_position_embeddings = 2048  # room for prompt and answer
+    model = Qwen3MoeForCausalLM(config).eval()
+    if name != "random":
+        moe_models.plant(model, moe_models.planted_routing(shape)[0])
+    model.save_pretrained(folder / name)
+    return folder / name
+
+
+def _planned(model: Path, folder: Path, shape: moe_models.Shape, ranks: int, effort: int) -> Path:
+    """A plan by other requests than are timed."""
+    profiled = Qwen3MoeForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     pieces = [torch.from_numpy(_prompt(shape, 1000 + seed, 256)) for seed in range(16)]
-    plan = folder / "plan.safetensors"
-    make_plan(profile_model(profiled, pieces), _RANKS, effort=effort).save(plan)
-    return path, plan
+    plan = folder / f"plan{ranks}.safetensors"
+    make_plan(profile_model(profiled, pieces), ranks, effort=effort).save(plan)
+    return plan
 
 
 def _prompt(shape: moe_models.Shape, seed: int, length: int) -> Any:
@@ -100,7 +124,7 @@ def _measured(
     way: str,
     config: dict[str, Any] | None,
     model: Path,
-    folder: Path,
+    ranks: int,
     links: Sequence[str],
     shape: moe_models.Shape,
     options: argparse.Namespace,
@@ -108,9 +132,9 @@ def _measured(
     """Every link on one server."""
     apart = set(links) != {"loopback"} or options.apart
     with contextlib.ExitStack() as stack:
-        names = stack.enter_context(namespaces(_RANKS)) if apart else []
+        names = stack.enter_context(namespaces(ranks)) if apart else []
         _limit(names, links[0])  # so that a server that measures its link measures this one
-        server = Server(model, folder / "log", options.python, config, names, options.seconds)
+        server = Server(model, ranks, model.parent / "log", options.python, config, names, options.seconds)
         stack.callback(server.close)
         client = stack.enter_context(Client(server, options.python))
         answers: list[list[int]] = []
@@ -118,18 +142,18 @@ def _measured(
         for link in links:
             _limit(names, link)
             first, further = [], []
-            client.first(_prompt(shape, 0, options.length).tolist())  # not timed: connections, memory
+            _settle(client, shape, options)
             before = client.layers()
             for seed in range(options.repeats):
                 first.append(client.first(_prompt(shape, 1 + seed, options.length).tolist()))
             after = client.layers()
-            for seed in range(options.repeats):
+            for seed in range(max(1, options.repeats // 2)):
                 prompts = [_prompt(shape, 50 + 8 * seed + at, 16).tolist() for at in range(8)]
                 seconds, tokens = client.batch(prompts, options.decode)
                 further.append(seconds / options.decode)
                 answers += tokens if link == links[0] else []
             width = shape.hidden * 4
-            stock = 4 * (_RANKS - 1) / _RANKS * width * options.length
+            stock = 4 * (ranks - 1) / ranks * width * options.length
             sent = [_sent(a, b) / options.repeats for a, b in zip(before, after, strict=True)]
             found.append(
                 {
@@ -142,10 +166,23 @@ def _measured(
                     "bytes": statistics.mean(sent) if before else stock,
                     "stock_bytes": stock,
                     "spread": _share(before, after),
+                    "trial": client.state().get("trial", []),
                     "answers": answers if link == links[0] else None,
                 }
             )
         return found
+
+
+def _settle(client: Client, shape: moe_models.Shape, options: argparse.Namespace) -> None:
+    """Not timed: connections, memory, and the batches that are tried both ways, until it is known which is kept."""
+    for seed in range(0, 24, 2):
+        before, decided = client.layers(), len(client.state().get("trial", []))
+        for further in range(2):
+            client.first(_prompt(shape, 100 + seed + further, options.length).tolist())
+        state = client.state()
+        if not state.get("choose") or len(state["trial"]) > decided or not _share(before, client.layers()):
+            break
+    client.batch([_prompt(shape, 200 + at, 16).tolist() for at in range(8)], 24 if client.layers() else 2)
 
 
 def _same_answers(found: list[dict[str, Any]]) -> None:
@@ -174,7 +211,7 @@ def _share(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) ->
     return spread / whole if whole else None
 
 
-def _held(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _held(found: Sequence[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
     """Each entry beside stock's, and what the wire can give: (compute + wire) / compute, and with its own bytes."""
     at = {(one["way"], one["link"]): one for one in found}
     result = []
@@ -185,6 +222,7 @@ def _held(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         result.append(
             {
                 **one,
+                "ranks": ranks,
                 "sooner": stock["ttft_ms"] / one["ttft_ms"],
                 "sooner_decode": stock["token_ms"] / one["token_ms"],
                 "fewer_bytes": stock["bytes"] / one["bytes"],
@@ -195,12 +233,12 @@ def _held(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def _rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    at, rows = {(one["way"], one["link"]): one for one in found}, []
-    for one in _held(found):
-        if one["way"] == "stock":
+def _rows(name: str, held: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    at, rows = {(one["way"], one["link"]): one for one in held}, []
+    for one in held:
+        if one["way"].startswith("stock"):
             continue
-        stock, case = at["stock", one["link"]], f"SGLang, planted, 2 ranks, {one['link']}, {one['way']}"
+        stock, case = at["stock", one["link"]], f"SGLang, {name}, {one['link']}, {one['way']}"
         least = stock["ttft_ms"] / one["bound"]
         rows += [
             comparison(f"{case}: first token", "ms", one["ttft_ms"], stock["ttft_ms"], "stock", least),
@@ -212,24 +250,26 @@ def _rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time to the first token by way, a colour a link; what each link's bound allows stock's way dashed."""
+def _draw(cases: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Times stock's to the first token, by way, a colour a link; what its own bytes allow at most dashed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    links, ways = (list(dict.fromkeys(one[name] for one in found)) for name in ("link", "way"))
-    for number, link in enumerate(links):
-        mine = [one for one in found if one["link"] == link]
-        places = [ways.index(one["way"]) + 0.8 * (number - (len(links) - 1) / 2) / len(links) for one in mine]
-        axes.bar(places, [one["ttft_ms"] for one in mine], 0.8 / len(links), label=link, color=f"C{number}")
-        for place, one in zip(places, mine, strict=True):
-            least = one["ttft_ms"] * one["sooner"] / one["bound_own"]
-            axes.hlines(least, place - 0.4 / len(links), place + 0.4 / len(links), colors="black", linestyles="dashed")
-    axes.set_xticks(range(len(ways)), ways)
-    axes.set(ylabel="ms to the first token", title=f"SGLang, 2 ranks, {found[0]['tokens']} tokens")
-    axes.grid(visible=True, axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(7, 2.6 * len(cases)), layout="constrained")
+    for axes, (case, held) in zip(figure.subplots(len(cases), squeeze=False)[:, 0], cases.items(), strict=True):
+        found = [one for one in held if one["way"] != "stock"]
+        links, ways = (list(dict.fromkeys(one[name] for one in found)) for name in ("link", "way"))
+        for number, link in enumerate(links):
+            mine = [one for one in found if one["link"] == link]
+            places = [ways.index(one["way"]) + 0.8 * (number - (len(links) - 1) / 2) / len(links) for one in mine]
+            axes.bar(places, [one["sooner"] for one in mine], 0.8 / len(links), label=link, color=f"C{number}")
+            for place, one in zip(places, mine, strict=True):
+                wide = 0.4 / len(links)
+                axes.hlines(one["bound_own"], place - wide, place + wide, colors="black", linestyles="dashed")
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(ways)), ways)
+        axes.set(ylabel="times stock's speed", title=f"SGLang, {case}, {held[0]['tokens']} tokens to the first one")
+        axes.grid(visible=True, axis="y", alpha=0.3)
+        axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -237,12 +277,15 @@ def _draw(found: Sequence[dict[str, Any]], path: Path) -> None:
 def _parsed() -> argparse.Namespace:
     root = Path(__file__).parents[2]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(_SHAPES), help="random, planted, folded")
+    parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
+    parser.add_argument("--ways", default=",".join(_WAYS), help="stock is needed")
     parser.add_argument("--links", default=",".join(_RATES), help="all but loopback alone need root")
     parser.add_argument("--apart", action="store_true", help="loopback in namespaces too, for one basis with the links")
-    parser.add_argument("--shape", choices=tuple(moe_models.SHAPES), default="folded", help="of the model")
+    parser.add_argument("--shape", choices=tuple(moe_models.SHAPES), help="of the model; its own if not given")
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--decode", type=int, default=16, help="further tokens of a request")
-    parser.add_argument("--repeats", type=int, default=5, help="of each timing")
+    parser.add_argument("--repeats", type=int, default=7, help="of each prompt; half as many of further tokens")
     parser.add_argument("--effort", type=int, default=20, help="descents of a layer's plan")
     parser.add_argument("--python", type=Path, default=root / ".venv-sglang" / "bin" / "python", help="SGLang's")
     parser.add_argument("--release", default="0.5.23", help="of SGLang there")

@@ -30,26 +30,34 @@ __all__ = ["Client", "Server"]
 
 _ADDRESS, _INTERFACE = "10.213.47.1", "fr0"  # of the first rank, in its namespace: see links.py
 _FLAGS = """
-    --tp 2 --ep 2 --max-total-tokens 8192 --max-running-requests 16
+    --max-total-tokens 8192 --max-running-requests 16
     --chunked-prefill-size 2048 --disable-overlap-schedule --disable-cuda-graph
     --disable-radix-cache --skip-server-warmup --skip-tokenizer-init --log-level warning
 """
 
 
 class Server:
-    """A server of two ranks.
+    """A server.
 
     Args:
         model: Folder of the model.
+        ranks: On which its attention is tensor-parallel and its experts are spread.
         log: File for its output; a further rank's has a number after it.
         python: That has SGLang.
         config: Of the section `speculative_moe`; None: stock.
-        names: Namespaces of its ranks; none: both on this host.
+        names: Namespaces of its ranks; none: all on this host.
         seconds: After which its start is given up.
     """
 
     def __init__(
-        self, model: Path, log: Path, python: Path, config: dict[str, Any] | None, names: Sequence[str], seconds: float
+        self,
+        model: Path,
+        ranks: int,
+        log: Path,
+        python: Path,
+        config: dict[str, Any] | None,
+        names: Sequence[str],
+        seconds: float,
     ) -> None:
         self.port, self.names, self.seconds = _free_port(), list(names), seconds
         self.log = log
@@ -58,7 +66,7 @@ class Server:
         settings = {
             **ENVIRONMENT,
             "PYTHONPATH": os.pathsep.join(map(str, folders)),
-            "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(2)),
+            "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks)),
             "GLOO_SOCKET_IFNAME": _INTERFACE if names else "lo",
         }
         if names:  # it takes ranks that share memory for ones that share 127.0.0.1, and would wait
@@ -67,13 +75,13 @@ class Server:
             settings["FORERUN_SGLANG"] = json.dumps({"speculative_moe": config})
         command = [str(python), "-m", "sglang.launch_server", "--model-path", str(model), *_FLAGS.split()]
         command += [word for flag, value in ON_CPU.items() for word in (f"--{flag}", value)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        nodes = "--nnodes 2 --dist-init-addr {}:{} --node-rank {}"
+        command += ["--tp", str(ranks), "--ep", str(ranks), "--host", "127.0.0.1", "--port", str(self.port)]
+        nodes = "--nnodes {} --dist-init-addr {}:{} --node-rank {}"
         port = _free_port()
         self.processes = []
         for rank in range(max(1, len(names))):
             inside = ["ip", "netns", "exec", names[rank]] if names else []
-            further = nodes.format(_ADDRESS, port, rank).split() if names else []
+            further = nodes.format(ranks, _ADDRESS, port, rank).split() if names else []
             with log.with_name(f"{log.name}{rank or ''}").open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
@@ -133,10 +141,13 @@ class Client:
         start = self._ask("batch", {"prompts": prompts, "tokens": 1})
         return float(whole["seconds"]) - float(start["seconds"]), whole["answers"]
 
+    def state(self) -> dict[str, Any]:
+        """What forerun says of itself on the first rank; nothing in stock."""
+        return dict(self._ask("state", {}))
+
     def layers(self) -> list[dict[str, Any]]:
         """What the first rank's layers counted; none in stock."""
-        told = self._ask("layers", {})
-        return list(told)
+        return list(self.state().get("layers", []))
 
     def _ask(self, what: str, given: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
@@ -169,9 +180,9 @@ def _answer(port: int, what: str, given: dict[str, Any]) -> Any:
         except (OSError, urllib.error.URLError):
             return False
         return True
-    if what == "layers":
+    if what == "state":
         states = _call(port, "/server_info")["internal_states"]
-        return (states[0].get("forerun") or {}).get("speculative_moe", {}).get("layers", [])
+        return (states[0].get("forerun") or {}).get("speculative_moe", {})
     sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": given["tokens"]}
     start = time.perf_counter()
     answers = _call(port, "/generate", {"input_ids": given["prompts"], "sampling_params": sampling})
