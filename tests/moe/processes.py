@@ -10,7 +10,13 @@ _ROOT = Path(__file__).parents[2]
 
 def ran(program, ranks, arguments, seconds=280):
     """Runs `program ARGUMENTS`, "{rank}" filled in, once a rank; exit statuses and what each printed."""
-    folders = (_ROOT / "plugins", _ROOT / "adapters", _ROOT / "examples", Path(__file__).parent)
+    folders = (
+        _ROOT / "plugins",
+        _ROOT / "adapters",
+        _ROOT / "examples",
+        _ROOT / "tests" / "hosts",
+        Path(__file__).parent,
+    )
     paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]  # where another release lies over
     fresh = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
