@@ -10,7 +10,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 
-__all__ = ["ADDRESS", "INTERFACE", "limit", "namespaces"]
+__all__ = ["ADDRESS", "INTERFACE", "limit", "namespaces", "sent"]
 
 INTERFACE = "fr0"
 ADDRESS = "10.213.47.{}"
@@ -70,3 +70,10 @@ def limit(rank: int, rate: str | None) -> None:
             subprocess.run([*tc, "del", "dev", device, "root"], capture_output=True)
         else:
             _run(*tc, "replace", "dev", device, "root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
+
+
+def sent(rank: int) -> int:
+    """Bytes that a rank's port has sent so far, headers and all."""
+    file = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
+    command = ("ip", "netns", "exec", _name(rank), "cat", file)
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -7,9 +7,11 @@
 - forerun: the same as it is turned on: each layer and batch takes the way that is expected to be sooner on this link,
   and is found to be.
 
-Models are those of the DeepSpeed benchmark (`moe_models.py`). Ranks are nodes of one server in network namespaces,
-joined by links without limit, of 1 Gbit/s and of 100 Mbit/s, which needs root; `--links loopback` does not. A case that
-is run replaces its own rows in `results/moe_sglang.json`; the picture shows all cases that are there.
+Models are those of the DeepSpeed benchmark (`moe_models.py`); with `-dp` attention is data-parallel, and the tokens are
+four requests' of a topic each instead of one's. Bytes of a rank are counted at its port, both sides the same way, and
+by layer as forerun tells them. Ranks are nodes of one server in network namespaces, joined by links without limit, of
+1 Gbit/s and of 100 Mbit/s, which needs root; `--links loopback` does not. A case that is run replaces its own rows in
+`results/moe_sglang.json`; the picture shows all cases that are there.
 
     python examples/benchmarks/moe_sglang.py [--models planted] [--ranks 2] [--links loopback] [--repeats 7]
 """
@@ -19,17 +21,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import moe_models
 import numpy as np
 import torch
-from links import limit, namespaces
+from links import limit, namespaces, sent
 from measurement import comparison, provenance
 from moe_sglang_server import Client, Server
 from transformers import Qwen3MoeForCausalLM
@@ -52,28 +55,48 @@ _WAYS: dict[str, dict[str, Any] | None] = {
 
 def main(out: Path, options: argparse.Namespace) -> None:
     for name in options.models.split(","):
-        shape = moe_models.SHAPES[options.shape or _SHAPES[name]]
+        model, apart = name.removesuffix("-dp"), name.endswith("-dp")
+        shape = moe_models.SHAPES[options.shape or _SHAPES[model]]
         with tempfile.TemporaryDirectory() as folder:
-            path = _made(Path(folder), name, shape)
+            path = _made(Path(folder), model, shape)
             for ranks in map(int, options.ranks.split(",")):
                 plan = _planned(path, Path(folder), shape, ranks, options.effort)
-                found = _case(path, plan, ranks, shape, options)
+                case = Case(f"{name}, {ranks} ranks", path, plan, shape, ranks, apart, options.length)
+                found = _case(case, options)
                 _same_answers(found)
-                _keep(out, options, f"{name}, {ranks} ranks", _held(found, ranks))
+                _keep(out, options, case.name, _held(found))
 
 
-def _case(
-    model: Path, plan: Path, ranks: int, shape: moe_models.Shape, options: argparse.Namespace
-) -> list[dict[str, Any]]:
+class Case(NamedTuple):
+    """A model on so many ranks, and what it is asked."""
+
+    name: str
+    model: Path
+    plan: Path
+    shape: moe_models.Shape
+    ranks: int
+    apart: bool  # whether attention is data-parallel
+    length: int  # tokens, whose first answers are timed
+
+    def asked(self, seed: int) -> list[list[int]]:
+        """Requests of so many tokens together: one of any ids, or of a topic each."""
+        if not self.apart:
+            return [_prompt(self.shape, seed, self.length)]
+        random, block = np.random.default_rng(seed), moe_models.planted_routing(self.shape)[1]
+        topics = random.permutation(moe_models.BLOCKS)
+        return [random.choice(np.flatnonzero(block == one), self.length // len(topics)).tolist() for one in topics]
+
+
+def _case(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     links = options.links.split(",")
     found: list[dict[str, Any]] = []
     for way in options.ways.split(","):
         section = _WAYS[way]
-        config = None if section is None else {**section, **({"plan": str(plan)} if section.get("plan") else {})}
+        config = None if section is None else {**section, **({"plan": str(case.plan)} if section.get("plan") else {})}
         # What chooses is told of the link when its server starts.
         groups = [[link] for link in links] if config is not None and config.get("choose", True) else [links]
         for group in groups:
-            found += _measured(way, config, model, ranks, group, shape, options)
+            found += _measured(way, config, case, group, options)
             print(json.dumps([{**one, "answers": None} for one in found[-len(group) :]]), flush=True)
     return found
 
@@ -110,31 +133,27 @@ def _made(folder: Path, name: str, shape: moe_models.Shape) -> Path:
 def _planned(model: Path, folder: Path, shape: moe_models.Shape, ranks: int, effort: int) -> Path:
     """A plan by other requests than are timed."""
     profiled = Qwen3MoeForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    pieces = [torch.from_numpy(_prompt(shape, 1000 + seed, 256)) for seed in range(16)]
+    pieces = [torch.tensor(_prompt(shape, 1000 + seed, 256)) for seed in range(16)]
     plan = folder / f"plan{ranks}.safetensors"
     make_plan(profile_model(profiled, pieces), ranks, effort=effort).save(plan)
     return plan
 
 
-def _prompt(shape: moe_models.Shape, seed: int, length: int) -> Any:
-    return np.random.default_rng(seed).integers(4, shape.vocabulary, length)
+def _prompt(shape: moe_models.Shape, seed: int, length: int) -> list[int]:
+    ids: list[int] = np.random.default_rng(seed).integers(4, shape.vocabulary, length).tolist()
+    return ids
 
 
 def _measured(
-    way: str,
-    config: dict[str, Any] | None,
-    model: Path,
-    ranks: int,
-    links: Sequence[str],
-    shape: moe_models.Shape,
-    options: argparse.Namespace,
+    way: str, config: dict[str, Any] | None, case: Case, links: Sequence[str], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Every link on one server."""
-    apart = set(links) != {"loopback"} or options.apart
+    ranks, shape = case.ranks, case.shape
     with contextlib.ExitStack() as stack:
-        names = stack.enter_context(namespaces(ranks)) if apart else []
+        names = stack.enter_context(namespaces(ranks)) if options.links != "loopback" else []
         _limit(names, links[0])  # so that a server that measures its link measures this one
-        server = Server(model, ranks, model.parent / "log", options.python, config, names, options.seconds)
+        log = case.model.parent / "log"
+        server = Server(case.model, ranks, case.apart, log, options.python, config, names, options.seconds)
         stack.callback(server.close)
         client = stack.enter_context(Client(server, options.python))
         answers: list[list[int]] = []
@@ -142,29 +161,29 @@ def _measured(
         for link in links:
             _limit(names, link)
             first, further = [], []
-            _settle(client, shape, options)
-            before = client.layers()
+            _settle(client, case)
+            before, port = client.layers(), sent(0) if names else 0
             for seed in range(options.repeats):
-                first.append(client.first(_prompt(shape, 1 + seed, options.length).tolist()))
-            after = client.layers()
+                first.append(client.batch(case.asked(1 + seed), 1)[0])
+            after, wire = client.layers(), ((sent(0) - port) / options.repeats if names else None)
             for seed in range(max(1, options.repeats // 2)):
-                prompts = [_prompt(shape, 50 + 8 * seed + at, 16).tolist() for at in range(8)]
-                seconds, tokens = client.batch(prompts, options.decode)
+                prompts = [_prompt(shape, 50 + 8 * seed + at, 16) for at in range(8)]
+                seconds, tokens = client.further(prompts, options.decode)
                 further.append(seconds / options.decode)
                 answers += tokens if link == links[0] else []
-            width = shape.hidden * 4
-            stock = 4 * (ranks - 1) / ranks * width * options.length
-            sent = [_sent(a, b) / options.repeats for a, b in zip(before, after, strict=True)]
+            layers = [_sent(a, b) / options.repeats for a, b in zip(before, after, strict=True)]
+            stock = 4 * (ranks - 1) / ranks * shape.hidden * 4 * case.length  # two sums over all ranks
             found.append(
                 {
                     "way": way,
                     "link": link,
-                    "tokens": options.length,
+                    "ranks": ranks,
+                    "tokens": case.length,
                     "layers": shape.layers,
                     "ttft_ms": 1e3 * statistics.median(first),
                     "token_ms": 1e3 * statistics.median(further),
-                    "bytes": statistics.mean(sent) if before else stock,
-                    "stock_bytes": stock,
+                    "wire_bytes": wire,
+                    "layer_bytes": statistics.mean(layers) if before else None if case.apart else stock,
                     "spread": _share(before, after),
                     "trial": client.state().get("trial", []),
                     "answers": answers if link == links[0] else None,
@@ -173,16 +192,17 @@ def _measured(
         return found
 
 
-def _settle(client: Client, shape: moe_models.Shape, options: argparse.Namespace) -> None:
+def _settle(client: Client, case: Case) -> None:
     """Not timed: connections, memory, and the batches that are tried both ways, until it is known which is kept."""
     for seed in range(0, 24, 2):
         before, decided = client.layers(), len(client.state().get("trial", []))
         for further in range(2):
-            client.first(_prompt(shape, 100 + seed + further, options.length).tolist())
+            client.batch(case.asked(100 + seed + further), 1)
         state = client.state()
         if not state.get("choose") or len(state["trial"]) > decided or not _share(before, client.layers()):
             break
-    client.batch([_prompt(shape, 200 + at, 16).tolist() for at in range(8)], 24 if client.layers() else 2)
+    prompts = [_prompt(case.shape, 200 + at, 16) for at in range(8)]
+    client.batch(prompts, 24 if client.layers() else 2)
 
 
 def _same_answers(found: list[dict[str, Any]]) -> None:
@@ -211,21 +231,21 @@ def _share(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) ->
     return spread / whole if whole else None
 
 
-def _held(found: Sequence[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+def _held(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each entry beside stock's, and what the wire can give: (compute + wire) / compute, and with its own bytes."""
     at = {(one["way"], one["link"]): one for one in found}
+    computing = min(one["ttft_ms"] for one in found if one["way"] == "stock")
     result = []
     for one in found:
         stock, rate = at["stock", one["link"]], _RATES[one["link"]]
-        computing = min(entry["ttft_ms"] for entry in found if entry["way"] == "stock")
-        wires = [0.0 if rate is None else 8e3 * entry["bytes"] * one["layers"] / rate for entry in (stock, one)]
+        wires = [8e3 * entry["wire_bytes"] / rate if rate and entry["wire_bytes"] else 0.0 for entry in (stock, one)]
+        fewer = [entry["wire_bytes"] or entry["layer_bytes"] for entry in (stock, one)]
         result.append(
             {
                 **one,
-                "ranks": ranks,
                 "sooner": stock["ttft_ms"] / one["ttft_ms"],
                 "sooner_decode": stock["token_ms"] / one["token_ms"],
-                "fewer_bytes": stock["bytes"] / one["bytes"],
+                "fewer_bytes": fewer[0] / fewer[1] if all(fewer) else None,
                 "bound": (computing + wires[0]) / computing,
                 "bound_own": (computing + wires[0]) / (computing + wires[1]),
             }
@@ -244,9 +264,9 @@ def _rows(name: str, held: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             comparison(f"{case}: first token", "ms", one["ttft_ms"], stock["ttft_ms"], "stock", least),
             comparison(f"{case}: a further token of 8", "ms", one["token_ms"], stock["token_ms"], "stock", None),
         ]
-        if one["link"] == "loopback":
-            sent, whole = one["bytes"] / 1e6, stock["bytes"] / 1e6
-            rows.append(comparison(f"{case}: a layer of a rank sends", "MB", sent, whole, "stock", None))
+        if one["wire_bytes"]:
+            sizes = one["wire_bytes"] / 1e6, stock["wire_bytes"] / 1e6
+            rows.append(comparison(f"{case}: a rank sends", "MB", *sizes, "stock", None))
     return rows
 
 
@@ -277,13 +297,16 @@ def _draw(cases: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def _parsed() -> argparse.Namespace:
     root = Path(__file__).parents[2]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(_SHAPES), help="random, planted, folded")
+    parser.add_argument(
+        "--models",
+        default="planted,planted-dp,folded,random",
+        help="random, planted, folded; with -dp: data-parallel attention",
+    )
     parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
     parser.add_argument("--ways", default=",".join(_WAYS), help="stock is needed")
     parser.add_argument("--links", default=",".join(_RATES), help="all but loopback alone need root")
-    parser.add_argument("--apart", action="store_true", help="loopback in namespaces too, for one basis with the links")
     parser.add_argument("--shape", choices=tuple(moe_models.SHAPES), help="of the model; its own if not given")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--length", type=int, default=512, help="tokens whose first answer is timed")
     parser.add_argument("--decode", type=int, default=16, help="further tokens of a request")
     parser.add_argument("--repeats", type=int, default=7, help="of each prompt; half as many of further tokens")
     parser.add_argument("--effort", type=int, default=20, help="descents of a layer's plan")
@@ -295,5 +318,6 @@ def _parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # with its servers
     given = _parsed()
     main(given.out, given)

@@ -34,6 +34,7 @@ _FLAGS = """
     --chunked-prefill-size 2048 --disable-overlap-schedule --disable-cuda-graph
     --disable-radix-cache --skip-server-warmup --skip-tokenizer-init --log-level warning
 """
+_APART = ("--boundary-reduction", "rs")  # what is chosen otherwise is for NCCL alone
 
 
 class Server:
@@ -41,7 +42,8 @@ class Server:
 
     Args:
         model: Folder of the model.
-        ranks: On which its attention is tensor-parallel and its experts are spread.
+        ranks: Over which its experts are spread.
+        apart: Whether its attention is data-parallel over them, not tensor-parallel.
         log: File for its output; a further rank's has a number after it.
         python: That has SGLang.
         config: Of the section `speculative_moe`; None: stock.
@@ -53,6 +55,7 @@ class Server:
         self,
         model: Path,
         ranks: int,
+        apart: bool,
         log: Path,
         python: Path,
         config: dict[str, Any] | None,
@@ -75,17 +78,18 @@ class Server:
             settings["FORERUN_SGLANG"] = json.dumps({"speculative_moe": config})
         command = [str(python), "-m", "sglang.launch_server", "--model-path", str(model), *_FLAGS.split()]
         command += [word for flag, value in ON_CPU.items() for word in (f"--{flag}", value)]
-        command += ["--tp", str(ranks), "--ep", str(ranks), "--host", "127.0.0.1", "--port", str(self.port)]
+        further = ["--dp", str(ranks), "--enable-dp-attention", *_APART] if apart else []
+        command += ["--tp", str(ranks), "--ep", str(ranks), *further, "--host", "127.0.0.1", "--port", str(self.port)]
         nodes = "--nnodes {} --dist-init-addr {}:{} --node-rank {}"
         port = _free_port()
         self.processes = []
         for rank in range(max(1, len(names))):
             inside = ["ip", "netns", "exec", names[rank]] if names else []
-            further = nodes.format(ranks, _ADDRESS, port, rank).split() if names else []
+            node = nodes.format(ranks, _ADDRESS, port, rank).split() if names else []
             with log.with_name(f"{log.name}{rank or ''}").open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        [*inside, *command, *further],
+                        [*inside, *command, *node],
                         stdout=file,
                         stderr=file,
                         env={**os.environ, **settings},
@@ -131,15 +135,15 @@ class Client:
         self._process.kill()
         self._process.wait(30)
 
-    def first(self, prompt: list[int]) -> float:
-        """Seconds to the first token of a prompt."""
-        return float(self._ask("batch", {"prompts": [prompt], "tokens": 1})["seconds"])
-
     def batch(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
+        """Seconds until so many tokens have come to all of these prompts, and the tokens."""
+        told = self._ask("batch", {"prompts": prompts, "tokens": tokens})
+        return float(told["seconds"]), told["answers"]
+
+    def further(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
         """Seconds from the first tokens of these prompts to the last of so many further ones; all tokens."""
-        whole = self._ask("batch", {"prompts": prompts, "tokens": 1 + tokens})
-        start = self._ask("batch", {"prompts": prompts, "tokens": 1})
-        return float(whole["seconds"]) - float(start["seconds"]), whole["answers"]
+        whole, answers = self.batch(prompts, 1 + tokens)
+        return whole - self.batch(prompts, 1)[0], answers
 
     def state(self) -> dict[str, Any]:
         """What forerun says of itself on the first rank; nothing in stock."""
