@@ -153,7 +153,11 @@ def server_obstacle() -> str | None:
             at.attn_dp_size > 1 and at.attn_dp_size != at.tp_size,
             f"attention is data-parallel over {at.attn_dp_size} ranks: expected --dp-size {at.tp_size}, or none",
         ),
-        (not _a2a().is_none(), f"--moe-a2a-backend {_a2a().value}: expected none"),
+        (
+            not _a2a().is_none(),
+            f"--moe-a2a-backend {_a2a().value} moves tokens itself: expected none (a plan's places go with it too: "
+            "forerun moe show PLAN --sglang FILE, and --init-expert-location FILE without this section)",
+        ),
         (_exec().moe.ep_num_redundant_experts > 0, "--ep-num-redundant-experts"),
         (_exec().overlap.enable_two_batch_overlap, "--enable-two-batch-overlap"),
         (bool(_lora().enable_lora or _lora().lora_paths), "LoRA adapters"),

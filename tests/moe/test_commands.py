@@ -66,6 +66,24 @@ def test_from_texts_to_a_picture(run, model, tmp_path):
     assert told["layers"][0]["local"] > 0.25
 
 
+def test_a_placement_for_sglangs_own_option(run, profile, tmp_path):
+    plan, placement = tmp_path / "plan.safetensors", tmp_path / "placement.json"
+    assert run("plan", profile, "--ranks", 4, "--out", plan, "--effort", 1).exit_code == 0
+    assert run("show", plan, "--sglang", placement).exit_code == 0
+    (rows,) = json.loads(placement.read_text()).values()
+    made = Plan.load(plan)
+    layers, each = made.identity.layers, made.identity.experts // 4
+    assert len(rows) == max(layers) + 1
+    for number, row in enumerate(rows):
+        assert sorted(row) == list(range(made.identity.experts))
+        if number in layers:
+            assert [made.rank[layers.index(number), expert] for expert in row] == [0] * each + [1] * each + [
+                2
+            ] * each + [3] * each
+        else:
+            assert row == sorted(row)
+
+
 def test_profiles_are_merged_and_hosts_heard(run, profile, tmp_path):
     other = tmp_path / "other.safetensors"
     random_profile(tokens=700, seed=3)[0].save(other)

@@ -18,6 +18,7 @@ from sglang_plans import plan_of, sent
 from sglang_servers import Server
 
 from forerun.moe.requests import Arrivals
+from forerun.moe.sglang_location import location
 from forerun.moe.sglang_profile import profile_dumps
 from forerun.moe.transformers import profile_model
 
@@ -219,6 +220,24 @@ def test_without_the_variable_the_server_is_stock(tmp_path):
         ).replace("general plugin: forerun", "").replace("Loaded plugin forerun", "")
     finally:
         case.server.close()
+
+
+@pytest.mark.soak
+def test_a_placement_by_sglangs_own_option_is_exact(tmp_path):
+    """What a plan is worth where forerun leaves the tokens to SGLang, as with DeepEP: experts lie by the plan."""
+    model = make_model(tmp_path / "model", "Qwen3Moe")
+    plan = plan_of(load(model), prompts([48] * 12, seed=9), 2)
+    assert (plan.order != sorted(plan.order[0].tolist())).any()
+    placement = tmp_path / "placement.json"
+    placement.write_text(json.dumps(location(plan)))
+    flags = {"init_expert_location": placement, "ep_dispatch_algorithm": "dynamic"}
+    server = Server(model, tmp_path / "log", tp=2, ep=2, **flags)
+    try:
+        server.ready(400)
+        asked = prompts(MIXED)
+        assert at_once(server, asked, 64) == [continued(load(model), prompt, 64) for prompt in asked]
+    finally:
+        server.close()
 
 
 @pytest.mark.soak

@@ -26,7 +26,7 @@ collective that runs anyway (*shuffling*). What is mispredicted goes the normal 
                   lists the files beside it
     sglang.py     SGLang's expert parallelism; sglang_config.py the section of FORERUN_SGLANG, sglang_spread.py a
                   layer's way; choice.py what it is expected to take beside sums over all ranks, sglang_batches.py the
-                  way of each batch
+                  way of each batch; sglang_location.py a plan for SGLang's own option
     commands.py, demo.py   `forerun moe profile | plan | show`, `forerun demo`
 
 Axes: L MoE layers, E experts, k experts of a token, R ranks, N token ids, n tokens of a batch, P paths.

@@ -130,6 +130,9 @@ def plan(
 def show(
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="Written by forerun moe plan.")],
     picture: Annotated[Path | None, typer.Option(help="A picture too; its ending chooses the format.")] = None,
+    sglang: Annotated[
+        Path | None, typer.Option(help="Its placement too, as a file of SGLang's --init-expert-location (JSON).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a plan: local activation rate, ranks a token reaches, rows sent, loads, prediction, layer by layer."""
@@ -151,6 +154,11 @@ def show(
         if picture is not None:
             draw(found, picture)
             typer.echo(f"picture: {picture}", err=as_json)
+        if sglang is not None:
+            from forerun.moe.sglang_location import location
+
+            sglang.write_text(json.dumps(location(found)) + "\n")
+            typer.echo(f"placement: {sglang}", err=as_json)
 
 
 @contextlib.contextmanager
