@@ -34,13 +34,19 @@ import numpy as np
 import torch
 from links import limit, namespaces, sent
 from measurement import comparison, provenance
-from moe_sglang_server import Client, Server
+from moe_sglang_client import Client
+from sglang_ranks import Ranks, versions
 from transformers import Qwen3MoeForCausalLM
 
 from forerun.moe.planning import make_plan
 from forerun.moe.transformers import profile_model
 
 _RESULTS = Path(__file__).parent / "results"
+_FLAGS = (
+    *("--max-running-requests", "16", "--max-total-tokens", "8192", "--chunked-prefill-size", "2048"),
+    "--disable-radix-cache",
+)
+_APART = ("--boundary-reduction", "rs")  # what SGLang chooses otherwise is for NCCL alone
 _RATES = {"loopback": None, "1gbit": 1e9, "100mbit": 1e8}  # bits a second, each way of each rank
 _SHAPES = {"random": "olmoe", "planted": "olmoe", "folded": "folded"}  # of the models
 _WAYS: dict[str, dict[str, Any] | None] = {
@@ -64,7 +70,7 @@ def main(out: Path, options: argparse.Namespace) -> None:
                 case = Case(f"{name}, {ranks} ranks", path, plan, shape, ranks, apart, options.length)
                 found = _case(case, options)
                 _same_answers(found)
-                _keep(out, options, case.name, _held(found))
+                _keep(out, case.name, _held(found))
 
 
 class Case(NamedTuple):
@@ -101,9 +107,9 @@ def _case(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def _keep(out: Path, options: argparse.Namespace, case: str, held: list[dict[str, Any]]) -> None:
+def _keep(out: Path, case: str, held: list[dict[str, Any]]) -> None:
     here = provenance(torch.device("cpu"), ("numpy", "torch", "transformers"), "python " + " ".join(_command()))
-    here["versions"]["sglang"] = options.release
+    here["versions"] |= versions("sglang")
     file = out / "moe_sglang.json"
     old = json.loads(file.read_text()) if file.exists() else {}
     run = {"command": here["command"], "commit": here["commit"]}
@@ -152,10 +158,13 @@ def _measured(
     with contextlib.ExitStack() as stack:
         names = stack.enter_context(namespaces(ranks)) if options.links != "loopback" else []
         _limit(names, links[0])  # so that a server that measures its link measures this one
-        log = case.model.parent / "log"
-        server = Server(case.model, ranks, case.apart, log, options.python, config, names, options.seconds)
+        told = None if config is None else {"speculative_moe": config}
+        flags = [*_FLAGS, "--ep", str(ranks)]
+        flags += ["--dp", str(ranks), "--enable-dp-attention", *_APART] if case.apart else []
+        folder = case.model.parent
+        server = Ranks(case.model, folder, "log", case.length, ranks=ranks, flags=flags, config=told, spaces=names)
         stack.callback(server.close)
-        client = stack.enter_context(Client(server, options.python))
+        client = stack.enter_context(Client(server, options.seconds))
         answers: list[list[int]] = []
         found = []
         for link in links:
@@ -295,7 +304,6 @@ def _draw(cases: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def _parsed() -> argparse.Namespace:
-    root = Path(__file__).parents[2]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--models",
@@ -310,8 +318,6 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=16, help="further tokens of a request")
     parser.add_argument("--repeats", type=int, default=7, help="of each prompt; half as many of further tokens")
     parser.add_argument("--effort", type=int, default=20, help="descents of a layer's plan")
-    parser.add_argument("--python", type=Path, default=root / ".venv-sglang" / "bin" / "python", help="SGLang's")
-    parser.add_argument("--release", default="0.5.23", help="of SGLang there")
     parser.add_argument("--seconds", type=float, default=900, help="after which a server's start is given up")
     parser.add_argument("--out", type=Path, default=_RESULTS)
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""SGLang servers of one or two ranks for the benchmark: a core a rank, and a network namespace if asked for."""
+"""SGLang servers for the benchmarks: a core for each rank, or shared, and a network namespace if asked for."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Ranks:
         folder: For logs.
         name: Of the logs.
         tokens: Of the longest prompt.
-        ranks: One or two.
-        flags: Further ones of SGLang.
+        ranks: Their number; on fewer cores they share them.
+        flags: Further ones of SGLang, which go before those that are given here.
         config: Of FORERUN_SGLANG; None: without forerun.
         spaces: Network namespaces of the ranks; none: this one.
     """
@@ -62,11 +62,14 @@ class Ranks:
         config: dict[str, Any] | None = None,
         spaces: Sequence[str] = (),
     ) -> None:
-        self.port, self._space, self._model = _free_port(), spaces[0] if spaces else None, model
+        self.port, self._model = _free_port(), model
+        self.inside = ["ip", "netns", "exec", spaces[0]] if spaces else []  # before a command beside the first rank
         self._logs = [folder / f"{name}-{rank}.log" for rank in range(ranks)]
         shown = {**_FLAGS, "context-length": tokens + 64, "max-total-tokens": 4 * tokens}
         shared = [word for flag, value in shown.items() for word in (f"--{flag}", str(value))]
         shared += [f"--{switch}" for switch in _SWITCHES] + list(flags)
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+        cores = [cores[rank % len(cores)] for rank in range(ranks)]
         shared += ["--tp-size", str(ranks), "--nnodes", str(ranks)]
         host = ADDRESS.format(1) if spaces else "127.0.0.1"
         shared += ["--dist-init-addr", f"{host}:{_free_port()}"]
@@ -74,7 +77,7 @@ class Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
         for rank, log in enumerate(self._logs):
             command = ["ip", "netns", "exec", spaces[rank]] if spaces else []
-            command += ["taskset", "-c", str(rank), str(PYTHON), "-m", "sglang.launch_server"]
+            command += ["taskset", "-c", cores[rank], str(PYTHON), "-m", "sglang.launch_server"]
             command += ["--model-path", str(model), *shared, "--node-rank", str(rank)]
             command += ["--port", str(_free_port() if rank else self.port)]
             address = ADDRESS.format(rank + 1) if spaces else "127.0.0.1"
@@ -82,7 +85,7 @@ class Ranks:
                 **os.environ,
                 **ENVIRONMENT,
                 "PYTHONPATH": os.pathsep.join(map(str, paths)),
-                "SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks))),
+                "SGLANG_CPU_OMP_THREADS_BIND": "|".join(cores),
                 # It takes ranks that share memory for ones that share 127.0.0.1: in namespaces they would wait.
                 "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
                 "GLOO_SOCKET_IFNAME": INTERFACE if spaces else "lo",
@@ -96,18 +99,23 @@ class Ranks:
                     subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
                 )
 
+    @property
+    def ended(self) -> bool:
+        """Whether a rank has."""
+        return any(process.poll() is not None for process in self._processes)
+
     def ask(self, lengths: Sequence[int], repeats: int, seconds: float = 1800) -> list[dict[str, Any]]:
         """Rows of `sglang_ask.py`, asked from where the first rank is; waits for the server to start.
 
         Raises:
             RuntimeError: It did not answer.
         """
-        command = ["ip", "netns", "exec", self._space] if self._space else []
-        command += [sys.executable, str(_ASK), str(self.port), str(self._model), str(repeats), *map(str, lengths)]
+        command = [*self.inside, sys.executable, str(_ASK), str(self.port), str(self._model), str(repeats)]
+        command += map(str, lengths)
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asking:
             end = time.monotonic() + seconds
             while asking.poll() is None:
-                gone = any(process.poll() is not None for process in self._processes)
+                gone = self.ended
                 if gone or time.monotonic() > end:
                     asking.kill()
                     raise RuntimeError("the server ended" if gone else f"no answer in {seconds} s")

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from forerun.moe.agreement import agree
 from forerun.moe.move import move
 from forerun.moe.plan import Plan
 from forerun.moe.sglang_spread import Spread
@@ -69,14 +70,12 @@ class Watch:
         except (OSError, ValueError) as error:
             problem = str(error)
         digest = "" if plan is None else hashlib.sha256(plan.rank.tobytes()).hexdigest()
-        answers: list[tuple[str | None, str]] = [(None, "")] * host.ranks()
-        dist.all_gather_object(answers, (problem, digest), group=group)
-        problem = next((other for other, _ in answers if other is not None), None)
-        if problem is None and len({what for _, what in answers}) > 1:
-            problem = f"{self._path} is not the same file on all ranks"
-        if problem is not None or plan is None:
-            _log.error("forerun: the plan stays as it is: %s", problem)
+        try:
+            agree(problem, digest, group)
+        except ValueError as error:
+            _log.error("forerun: the plan stays as it is: %s", error)
             return
+        assert plan is not None
         self._taken(plan)
 
 

@@ -43,11 +43,12 @@ def profile_dumps(
     recorder: Recorder | None = None
     layers: NDArray[Any] = np.zeros(0, np.int64)
     for path in paths:
-        for ids, chosen in _batches(path):  # [n], [every layer, n, k']
+        told = _load(path)
+        for ids, chosen in _batches(path, told):  # [n], [every layer, n, k']
             if recorder is None:
                 layers = np.flatnonzero((chosen >= 0).any((1, 2)))
                 top_k = int((chosen[layers] >= 0).any((0, 1)).sum())
-                identity = Identity(name, tuple(layers.tolist()), _experts(path), top_k)
+                identity = Identity(name, tuple(layers.tolist()), _experts(told), top_k)
                 recorder = Recorder(identity, seed=seed)
             if len(chosen) <= layers.max():
                 raise ValueError(f"{path} has {len(chosen)} layers; expected those of {recorder.identity}")
@@ -74,12 +75,11 @@ def _load(path: Path) -> Any:
     return told
 
 
-def _experts(path: Path) -> int:
-    return int(_load(path)["last_physical_to_logical_map"].max()) + 1
+def _experts(told: Any) -> int:
+    return int(told["last_physical_to_logical_map"].max()) + 1
 
 
-def _batches(path: Path) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    told = _load(path)
+def _batches(path: Path, told: Any) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     logical = told["last_physical_to_logical_map"].numpy()  # [layers, places]
     for record in told["records"]:
         if "topk_ids_of_layer" not in record:
