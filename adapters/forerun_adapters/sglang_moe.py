@@ -18,6 +18,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
+from forerun_adapters import sglang_shared as _shared
 from forerun_adapters._require import require
 from forerun_adapters.sglang_batch import apart, batch_of
 
@@ -72,6 +73,9 @@ LOCAL = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE._map_global_exper
 ROUTED = "sglang.srt.managers.data_parallel_controller.DataParallelController.maybe_external_dp_rank_routing"
 STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 
+# Fails in SGLang itself, which norms a rank's heads as if they were all. Remove when SGLang serves it on several ranks.
+_UNSERVED = {"OlmoeDecoderLayer": ", and stock cannot serve it with --tp-size above 1 either"}
+
 
 class Found(NamedTuple):
     """A mixture-of-experts layer of a model."""
@@ -80,6 +84,7 @@ class Found(NamedTuple):
     name: str  # of its experts
     experts: Any  # FusedMoE
     decoder: Any  # the module that has them
+    shared: Any | None = None  # the expert beside them that every token goes to
 
 
 def layers(model: nn.Module) -> list[Found]:
@@ -93,7 +98,8 @@ def _layers(model: nn.Module) -> Iterator[Found]:
         if isinstance(module, _FusedMoE):
             decoder = re.match(r"(.*\.(\d+))\.", name)
             if decoder is not None:
-                yield Found(int(decoder[2]), name, module, modules[decoder[1]])
+                holder = modules[decoder[1]]
+                yield Found(int(decoder[2]), name, module, holder, _shared.beside(_block(holder, module)))
 
 
 def name_of(runner: Any) -> str:
@@ -178,19 +184,20 @@ def obstacle(found: Found) -> str | None:
     experts, boundary = found.experts, _boundary.boundary_of(found.decoder)
     config = experts.moe_runner_config
     if boundary is None:
-        return f"{type(found.decoder).__name__} does not hand its tokens over in the way of SGLang's other models"
-    block: Any = next(m for m in found.decoder.children() if experts in list(m.modules()))
-    shared = getattr(block, "shared_experts", getattr(block, "shared_expert", None))
+        name = type(found.decoder).__name__
+        return f"{name} does not hand its tokens over in the way of SGLang's other models{_UNSERVED.get(name, '')}"
+    beside = _shared.misfit(_block(found.decoder, experts), experts, ranks())
     reasons = (
-        (
-            experts.num_fused_shared_experts > 0 or shared is not None,
-            "shared experts, which are tensor-parallel and need all tokens on every rank",
-        ),
+        (experts.num_fused_shared_experts > 0, "shared experts among the routed: --disable-shared-experts-fusion"),
         (config.apply_router_weight_on_input, "router weights on the experts' input"),
-        (config.routed_scaling_factor not in (None, 1.0), f"routed_scaling_factor {config.routed_scaling_factor}"),
         (experts.quant_config is not None, f"{experts.quant_config and experts.quant_config.get_name()} quantization"),
+        (beside is not None, beside),
     )
     return next((reason for applies, reason in reasons if applies), None) or _boundary.obstacle(boundary)
+
+
+def _block(decoder: nn.Module, experts: nn.Module) -> nn.Module:
+    return next(block for block in decoder.children() if experts in list(block.modules()))
 
 
 def weights(experts: Any) -> list[list[Tensor]]:

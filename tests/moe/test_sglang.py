@@ -7,9 +7,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from importlib import metadata
+from urllib.error import HTTPError
 
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("sglang")
 
@@ -110,6 +112,28 @@ def test_what_is_asked_for_is_told(case):
     assert told["sglang"] == metadata.version("sglang")
 
 
+@pytest.mark.skipif(Version(metadata.version("sglang")) < Version("0.5.23"), reason="shared experts are refused")
+def test_a_shared_expert_is_whole_on_every_rank(tmp_path):
+    case = Case(tmp_path, "Qwen2Moe")
+    try:
+        case.server.ready(400)
+        asked = prompts(MIXED)
+        expected = case.expected(asked, 64)
+        assert at_once(case.server, asked, 64) == expected
+        for layer in case.layers():
+            assert layer["ours"] > 64
+            assert layer["stock"] == 0
+        (state,) = case.server.info()
+        assert state["speculative_moe"]["shared_bytes"] == 3 * (3 * 128 * 128) * 4  # layers, matrices, float32
+        with pytest.raises(HTTPError) as refused:  # the slices would change without the whole
+            case.server.call("/update_weights_from_disk", {"model_path": case.path})
+        assert "forerun holds shared experts whole" in refused.value.read().decode()
+        assert at_once(case.server, asked, 64) == expected
+    finally:
+        case.server.close()
+    assert case.server.members() == []
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("family", "ranks", "placed", "section", "flags"),
@@ -121,6 +145,13 @@ def test_what_is_asked_for_is_told(case):
         ("Qwen3Moe", 4, True, {"choose": False}, {}),
         ("Qwen3Moe", 2, True, {"choose": False}, {"dp": 2, "enable_dp_attention": True}),
         ("Qwen3Moe", 2, True, {"choose": False, "exact": True}, {"dp": 2, "enable_dp_attention": True}),
+        ("Qwen2Moe", 2, True, {"choose": False, "exact": True}, {}),
+        ("Qwen2Moe", 2, True, {"choose": False}, {"dp": 2, "enable_dp_attention": True}),
+        ("Qwen2Moe", 2, True, {}, {}),
+        ("DeepseekV2", 2, True, {"choose": False}, {}),
+        ("DeepseekV2", 2, True, {"choose": False, "exact": True}, {}),
+        # A dense layer that is tensor-parallel under data-parallel attention sums by NCCL alone.
+        ("DeepseekV2", 2, True, {"choose": False}, {"dp": 2, "enable_dp_attention": True, "moe_dense_tp_size": 1}),
     ],
 )
 def test_other_models_ranks_and_modes(family, ranks, placed, section, flags, tmp_path):
@@ -255,6 +286,33 @@ def test_a_plan_of_another_model_is_refused(tmp_path):
     finally:
         server.close()
     assert server.members() == []
+
+
+@pytest.mark.soak
+def test_olmoe_is_refused_as_stock_cannot_serve_it_either(tmp_path):
+    refused = Case(tmp_path, "Olmoe")
+    try:
+        assert refused.server.ended(400) != 0
+        told = refused.server.told(1 << 20)
+        assert (
+            "OlmoeDecoderLayer does not hand its tokens over in the way of SGLang's other models, and stock cannot"
+            in told
+        )
+    finally:
+        refused.server.close()
+    for ranks in (1, 2):
+        stock = Server(refused.path, tmp_path / f"log{ranks}", tp=ranks, ep=ranks)
+        asked = prompts(MIXED)
+        try:
+            if ranks == 1:
+                stock.ready(400)
+                assert at_once(stock, asked, 64) == refused.expected(asked, 64)
+            else:
+                with pytest.raises((AssertionError, HTTPException, OSError, KeyError, json.JSONDecodeError)):
+                    stock.ready(400).generate(asked, 4)
+                assert "Expected hidden_size to be 128, but found: 64" in stock.told(1 << 20)
+        finally:
+            stock.close()
 
 
 @pytest.mark.soak

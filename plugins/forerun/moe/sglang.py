@@ -9,9 +9,15 @@ the way. `/server_info` tells what each layer did and sent, under `internal_stat
 Prefill, decode, radix cache and chunked prefill are stock's. The result is stock's but for roundings: products of
 matrices have other numbers of rows, and sums another order.
 
-Not supported, refused with the reason: shared experts, quantized experts, pipeline- and context-parallel servers,
-`--ep` below `--tp`, an all-to-all backend other than `none`, redundant experts, EPLB. Inside of CUDA graphs stock's way
-is taken.
+Tested with Mixtral, Qwen2-MoE, Qwen3-MoE and DeepSeek-V2. A shared expert, of SGLang's blocks of Qwen2-MoE or
+DeepSeek, is a slice on each rank in stock, and answers whole where tokens are spread: each rank holds all of it besides
+its slice from the start, and weights cannot be changed while such a model is served.
+
+Not supported, refused with the reason: models that have neither SGLang's stage boundary nor its communicator, as OLMoE
+(which SGLang itself cannot serve on more than one rank), Mixtral before 0.5.22, quantized experts, shared experts
+before 0.5.23, of other blocks than those two, or among the routed ones, pipeline- and context-parallel servers, `--ep`
+below `--tp`, an all-to-all backend other than `none`, redundant experts, EPLB. Inside of CUDA graphs stock's way is
+taken.
 """
 
 from __future__ import annotations
@@ -42,6 +48,7 @@ from forerun.moe.sglang_config import Section
 from forerun.moe.sglang_live import Watch, replace
 from forerun.moe.sglang_spread import Ranks, Spread
 from forerun_adapters import sglang_moe as host
+from forerun_adapters import sglang_shared as shared
 from forerun_adapters.sglang import RELEASE, Hook
 
 __all__ = ["Speculation", "hooks"]
@@ -85,6 +92,7 @@ class Speculation:
         self._batches: Batches | None = None  # when its model was loaded
         self.rates: Rates | None = None
         self.moved = 0  # bytes of experts that left this rank
+        self.whole = 0  # bytes of shared experts, held beside this rank's slices
         self._place = {} if plan is None else _places(plan)
         self._found: dict[int, Any] = {}  # SGLang's experts of each layer
 
@@ -143,6 +151,7 @@ class Speculation:
             "rates": None if self.rates is None else asdict(self.rates),
             "trial": [] if self._batches is None or self._batches.trial is None else self._batches.trial.decided(),
             "moved_bytes": self.moved,
+            "shared_bytes": self.whole,
             "layers": layers,
         }
         return result
@@ -180,6 +189,8 @@ class Speculation:
             one.experts.forerun_spread = spread
             one.experts.__class__ = host.experts_class(type(one.experts), _forward)
             host.attach(one.decoder, spread)
+            if one.shared is not None:
+                self.whole += shared.hold(one.shared, spread, host.group())
         tried = self.asked.choose and self.asked.trial
         trial = Alternation(self.asked.trial, ranks.group, "spread", "stock") if tried else None
         self._batches = Batches(ranks, list(self.spread.values()), like.device, trial)

@@ -2,6 +2,9 @@
 
 - The experts' native forward pass takes global expert numbers. Under expert parallelism it is given local ones, and -1
   for experts elsewhere, which only its kernels know.
+- The gate of Qwen2-MoE's shared expert is a Triton kernel, which has no CPU driver.
+- Latent attention under the native backend: SGLang gives it Triton's way, which attends to keys that were not written;
+  here it attends to the latent ones, as SGLang itself does for a prompt that is known in part.
 - `torch.cpu.empty_cache` and `is_current_stream_capturing`, which moving experts and recording ask for.
 - The value that the native attention backend fills the lengths of padding with.
 - Context-parallel strategies under the native attention backend, for benchmarks that set FORERUN_CPU_STRATEGIES.
@@ -22,9 +25,13 @@ def register() -> None:
     """Called by SGLang in each process."""
     import torch
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.models.deepseek_common import attention_backend_handler as latent
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _experts, HookType.REPLACE)
+    gate = "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add"
+    HookRegistry.register(gate, _gated, HookType.REPLACE)
+    latent.AttentionBackendRegistry.register("torch_native", lambda attention, batch: latent.AttnForwardMethod.MLA)
     for name, answer in (("empty_cache", None), ("is_current_stream_capturing", False)):
         if not hasattr(torch.cpu, name):
             setattr(torch.cpu, name, lambda answer=answer: answer)
@@ -52,6 +59,11 @@ def _experts(layer: Any, hidden: Any, routed: Any, config: Any) -> Any:
         answer = functional.linear(functional.silu(gate) * up, layer.w2_weight[here])
         total.index_add_(0, token, answer * weight[token, slot].unsqueeze(-1).to(hidden.dtype))
     return total
+
+
+def _gated(hidden: Any, gate: Any, shared: Any, total: Any) -> None:
+    """Adds the shared expert's answer, `[n, H]`, to the total in place, each row times its gate's sigmoid."""
+    total.add_(shared * (hidden @ gate).sigmoid()[:, None])
 
 
 def _extend(original: Any, backend: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, **rest: Any) -> Any:
