@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from forerun_adapters import sglang_shared as _shared
 from forerun_adapters._require import require
+from forerun_adapters.sglang import Hook
 from forerun_adapters.sglang_batch import apart, batch_of
 
 _RELEASE = require("sglang")
@@ -61,16 +62,23 @@ __all__ = [
     "rank",
     "ranks",
     "routed",
+    "routing",
     "server_obstacle",
     "top_k_of",
-    "undecided",
     "weights",
 ]
 
 FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 LOCAL = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE._map_global_expert_id_to_local_expert_id"
-ROUTED = "sglang.srt.managers.data_parallel_controller.DataParallelController.maybe_external_dp_rank_routing"
+# Where a request's data-parallel rank is asked for. The process that asks loads no plugins before 0.5.22: the one that
+# makes requests of texts names the rank there. Remove when sglang >= 0.5.22.
+_NAMED = Version("0.5.22") > _RELEASE
+ROUTED = (
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
+    if _NAMED
+    else "sglang.srt.managers.data_parallel_controller.DataParallelController.maybe_external_dp_rank_routing"
+)
 STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 
 # Fails in SGLang itself, which norms a rank's heads as if they were all. Remove when SGLang serves it on several ranks.
@@ -206,10 +214,26 @@ def weights(experts: Any) -> list[list[Tensor]]:
     return [list(tensor) for tensor in held if tensor.ndim and len(tensor) == experts.num_local_experts]
 
 
-def undecided(request: Any) -> Any | None:
-    """A request's token ids, if neither its sender nor a health check says which data-parallel rank answers it."""
-    decided = request.routed_dp_rank is not None or _is_health_check(request)
-    return None if decided or not request.input_ids else request.input_ids
+def routing(rank_of: Callable[[Any], int]) -> Hook:
+    """A hook by which each request goes to the data-parallel rank that its token ids are given.
+
+    But for those whose sender, or a health check, says which rank answers.
+    """
+
+    def name(request: Any) -> None:
+        if request.routed_dp_rank is None and not _is_health_check(request) and request.input_ids:
+            request.routed_dp_rank = rank_of(request.input_ids)
+
+    def asked(stock: Callable[..., bool], controller: Any, request: Any) -> bool:
+        name(request)
+        return stock(controller, request)
+
+    def made(request: Any, manager: Any, *_: Any, **__: Any) -> Any:
+        if manager.elastic_worker_count > 1:
+            name(request)
+        return request
+
+    return Hook(ROUTED, made, "after") if _NAMED else Hook(ROUTED, asked)
 
 
 def routed(answer: Any) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ with warnings.catch_warnings():  # quantizations that this machine lacks
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
     from sglang.srt.layers.moe.topk import StandardTopKOutput
+    from sglang.srt.managers import data_parallel_controller
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.runtime_context import get_flags
 
     from forerun_adapters import sglang_moe as host
@@ -30,11 +32,11 @@ def names(function):
         (host.LOADED, ["self"]),
         (host.LOCAL, ["self", "expert_id"]),
         (host.STATE, ["self", "recv_req"]),
-        (host.ROUTED, ["self", "req"]),
+        (host.ROUTED, ["self", "obj", "input_text", "input_ids"] if host._NAMED else ["self", "req"]),
     ],
 )
 def test_hooked_functions_are_what_they_were(target, parameters):
-    assert names(pkgutil.resolve_name(target)) == parameters
+    assert names(pkgutil.resolve_name(target))[: len(parameters)] == parameters
 
 
 def test_experts_are_asked_by_a_routers_answer():
@@ -53,3 +55,10 @@ def test_experts_of_a_draft_are_known():
 def test_the_oldest_release_still_needs_a_communicator():
     """Once 0.5.21 is the oldest release that is supported, `sglang_communicator` and its tests can go."""
     assert HOSTS["sglang"].supports(Version("0.5.20"))
+
+
+def test_who_asks_for_a_requests_rank_has_plugins():
+    """From 0.5.22 on; once that is the oldest release that is supported, what depends on `_NAMED` can go."""
+    assert hasattr(data_parallel_controller, "load_plugins") != host._NAMED
+    assert HOSTS["sglang"].supports(Version("0.5.21"))
+    assert not host._NAMED or "elastic_worker_count" in inspect.getsource(TokenizerManager)

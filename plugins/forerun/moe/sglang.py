@@ -74,7 +74,7 @@ def hooks(section: Mapping[str, Any]) -> Sequence[Hook]:
     if plan is None:
         return needed
     placing = Hook(host.LOCAL, speculation.local)
-    requests = [Hook(host.ROUTED, partial(_routed, Arrivals(plan)))] if asked.shuffle else []
+    requests = [host.routing(Arrivals(plan).rank)] if asked.shuffle else []
     return [*needed, placing, *requests]
 
 
@@ -225,14 +225,6 @@ def _places(plan: Plan) -> dict[int, Tensor]:
     """`[E]` where each expert lies, by the layer's number."""
     order = torch.from_numpy(plan.order)
     return {number: order[at].argsort() for at, number in enumerate(plan.identity.layers)}
-
-
-def _routed(arrivals: Arrivals, stock: Callable[..., bool], controller: Any, request: Any) -> bool:
-    """Around SGLang's question whether a request names its data-parallel rank."""
-    ids = host.undecided(request)
-    if ids is not None:
-        request.routed_dp_rank = arrivals.rank(ids)
-    return stock(controller, request)
 
 
 def _forward(experts: Any, stock: Callable[[Any], Any], hidden: Tensor, answer: Any) -> Any:
