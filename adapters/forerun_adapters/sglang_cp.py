@@ -183,6 +183,9 @@ def check_runner(runner: Any, backends: tuple[str, ...]) -> None:
         ),
         "multimodal models are not served": config.is_multimodal,
         "models that give embeddings are not served": not config.is_generation,
+        "SGLang's own context parallelism fails at the first prompt, as the model lacks get_input_embeddings": not any(
+            hasattr(runner.model, name) for name in ("get_input_embeddings", "prepare_cp_inputs")
+        ),
     }
     for reason, holds in wrong.items():
         if holds:

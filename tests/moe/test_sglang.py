@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -213,6 +214,20 @@ def test_experts_move_while_requests_are_served(tmp_path):
         case.server.close()
 
 
+def whole_dump(folder, rank, seconds=60):
+    """The file that a rank has written to its end."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            (path,) = folder.glob(f"*_{rank}.pt")
+            torch.load(path, weights_only=True)
+        except (ValueError, EOFError, RuntimeError, pickle.UnpicklingError):
+            assert time.monotonic() < end, f"rank {rank} has not written {folder}"
+            time.sleep(0.2)
+        else:
+            return path
+
+
 @pytest.mark.soak
 def test_a_profile_of_what_sglang_recorded_is_transformers(tmp_path):
     records = tmp_path / "records"
@@ -226,9 +241,9 @@ def test_a_profile_of_what_sglang_recorded_is_transformers(tmp_path):
         answers = case.server.generate(asked, 8)
         case.server.call("/stop_expert_distribution_record", {})
         case.server.call("/dump_expert_distribution_record", {})
+        first, second = whole_dump(records, 0), whole_dump(records, 1)  # each rank writes when it comes to it
     finally:
         case.server.close()
-    (first,), (second,) = records.glob("*_0.pt"), records.glob("*_1.pt")
     found = profile_dumps([first], case.path)
     whole = [torch.tensor(prompt + answer[:-1]) for prompt, answer in zip(asked, answers, strict=True)]
     expected = profile_model(case.model, whole)
