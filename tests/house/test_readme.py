@@ -163,6 +163,27 @@ def moe_serving_table() -> list[str]:
     return rows
 
 
+def moe_sglang_table() -> list[str]:
+    """Milliseconds to the first token in SGLang's server, from `examples/benchmarks/results/moe_sglang.json`.
+
+    Columns: stock; ours always; as turned on; how much sooner both are, of what the bytes of always would allow (of
+    what no bytes at all would); how many fewer bytes always sends; a further token by stock and as turned on.
+    """
+    rows = []
+    for case, part in json.loads((_RESULTS / "moe_sglang.json").read_text())["parts"].items():
+        found = {(one["link"], one["way"]): one for one in part["measured"]}
+        for link in dict.fromkeys(link for link, _ in found):
+            stock, always, chosen = (found[link, way] for way in ("stock", "s-EG + s-TS", "forerun"))
+            first = " | ".join(f"{one['ttft_ms']:.0f}" for one in (stock, always, chosen))
+            held = f"{always['bound_own']:.2f}x ({always['bound']:.2f}x)"
+            further = f"{stock['token_ms']:.0f} / {chosen['token_ms']:.0f}"
+            rows.append(
+                f"| {case}, {link} | {first} | {always['sooner']:.2f}x, **{chosen['sooner']:.2f}x** | {held} "
+                f"| {always['fewer_bytes']:.2f}x | {further} |"
+            )
+    return rows
+
+
 def pinned_releases() -> dict[str, set[str]]:
     """Of each framework, the releases that the tests' environments pin."""
     found: dict[str, set[str]] = {}
@@ -303,6 +324,7 @@ def runahead_others() -> str:
         runahead_sglang,
         moe_placement_table,
         moe_serving_table,
+        moe_sglang_table,
     ],
 )
 def test_a_measured_table_is_the_benchmarks(table: Callable[[], list[str]]) -> None:
