@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from datetime import timedelta
 
 import torch
@@ -59,4 +60,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # an old gloo that has lost a rank may abort the process when it is torn down

@@ -65,7 +65,7 @@ def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tmp_path: Path) -> N
     processes = start(tmp_path, "die", "1", "4")
     errors = finish(processes, _PATIENCE)
     assert processes[1].returncode == 9
-    assert processes[0].returncode == 1
+    assert processes[0].returncode == 1, errors[0]
     assert "rank 0 of 2 lost another rank while exchanging" in errors[0]
 
 
