@@ -108,8 +108,8 @@ def _case(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _keep(out: Path, case: str, held: list[dict[str, Any]]) -> None:
-    here = provenance(torch.device("cpu"), ("numpy", "torch", "transformers"), "python " + " ".join(_command()))
-    here["versions"] |= versions("sglang")
+    here = provenance(torch.device("cpu"), (), "python " + " ".join(_command()))
+    here["versions"] = versions("sglang", "torch", "transformers")  # of the servers' environment
     file = out / "moe_sglang.json"
     old = json.loads(file.read_text()) if file.exists() else {}
     run = {"command": here["command"], "commit": here["commit"]}

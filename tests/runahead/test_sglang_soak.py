@@ -68,10 +68,15 @@ def test_a_family_s_tokens_are_exact(kind, tmp_path, start):
 
 @pytest.mark.parametrize("family", ["Qwen2Moe", "Mixtral"])
 def test_a_family_that_sglang_cannot_split_is_refused(family, tmp_path, start):
-    """Stock's zigzag, too, ends the server at the first prompt; this one does not start."""
-    server = start(make_model(tmp_path / "model", family), {"split": [0.5, 0.5]})
+    """Stock's zigzag ends the server at the first prompt; with ours it does not start."""
+    folder = make_model(tmp_path / "model", family)
+    server = start(folder, {"split": [0.5, 0.5]})
     assert server.ended(600) != 0
     assert "the model lacks get_input_embeddings" in server.told(200_000)
+    stock = start(folder, None).ready(600)
+    with pytest.raises((HTTPException, OSError, ValueError, KeyError)):
+        stock.generate(prompts([300])[0], 2)
+    assert "has no attribute 'get_input_embeddings'" in stock.told(200_000)
 
 
 def test_three_ranks(tmp_path, start):

@@ -135,6 +135,8 @@ class Speculation:
         """Moves experts to where another plan has them; all ranks call it between the same two batches."""
         self.moved += replace(self._found, self.spread, plan)
         self.plan, self._place = plan, _places(plan)
+        assert self._batches is not None
+        self._batches.trial = self._trial(self._batches.ranks)  # what was sooner by the old plan says nothing
         self._foresee()
         _log.info("forerun: experts lie by another plan of %s", plan.identity)
 
@@ -191,11 +193,13 @@ class Speculation:
             host.attach(one.decoder, spread)
             if one.shared is not None:
                 self.whole += shared.hold(one.shared, spread, host.group())
-        tried = self.asked.choose and self.asked.trial
-        trial = Alternation(self.asked.trial, ranks.group, "spread", "stock") if tried else None
-        self._batches = Batches(ranks, list(self.spread.values()), like.device, trial)
+        self._batches = Batches(ranks, list(self.spread.values()), like.device, self._trial(ranks))
         self._foresee()
         _log.info("forerun: %d layers of sglang %s are speculated, %s", len(found), RELEASE, self.rates or "always")
+
+    def _trial(self, ranks: Ranks) -> Alternation | None:
+        tried = self.asked.choose and self.asked.trial
+        return Alternation(self.asked.trial, ranks.group, "spread", "stock") if tried else None
 
     def _foresee(self) -> None:
         """What the plan says of tokens, to all layers."""
