@@ -47,6 +47,7 @@ _FLAGS = (
     "--disable-radix-cache",
 )
 _APART = ("--boundary-reduction", "rs")  # what SGLang chooses otherwise is for NCCL alone
+_SETTLES = 4  # batches after which a link's speed is known
 _RATES = {"loopback": None, "1gbit": 1e9, "100mbit": 1e8}  # bits a second, each way of each rank
 _SHAPES = {"random": "olmoe", "planted": "olmoe", "folded": "folded"}  # of the models
 _WAYS: dict[str, dict[str, Any] | None] = {
@@ -207,8 +208,11 @@ def _settle(client: Client, case: Case) -> None:
         before, decided = client.layers(), len(client.state().get("trial", []))
         for further in range(2):
             client.batch(case.asked(100 + seed + further), 1)
+        if not client.layers():
+            break
         state = client.state()
-        if not state.get("choose") or len(state["trial"]) > decided or not _share(before, client.layers()):
+        known = not state["choose"] or len(state["trial"]) > decided or not _share(before, client.layers())
+        if known and seed >= _SETTLES:
             break
     prompts = [_prompt(case.shape, 200 + at, 16) for at in range(8)]
     client.batch(prompts, 24 if client.layers() else 2)

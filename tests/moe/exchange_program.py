@@ -18,6 +18,7 @@ from forerun.moe.dispatch import rows as counted
 from forerun.moe.exchange import dispatch, return_pairs, return_sums
 from forerun.moe.foresight import even
 from forerun.moe.overlap import Pace, summed
+from forerun.moe.pieces import PIECE_BYTES, Pieces
 from forerun.moe.scatter import chunk, gather, scatter_sum
 from forerun.moe.shuffle import assign, shuffle
 
@@ -113,6 +114,10 @@ def scattered(tokens, rank, ranks, dtype):
         total = sum(part.float() for part in parts).to(dtype)
         assert torch.equal(mine, chunk(total, there, rank))
         assert torch.equal(gather(mine, there), total)
+        pieces = Pieces(slow=True)
+        wide = [part.repeat(1, PIECE_BYTES // (4 * WIDTH)) for part in parts]  # some rows a piece
+        mine = scatter_sum(wide[rank], there, pieces=pieces)
+        assert torch.equal(gather(mine, there, pieces=pieces), total.repeat(1, PIECE_BYTES // (4 * WIDTH)))
         reduced = parts[rank].clone()
         dist.all_reduce(reduced)
         if ranks <= 2:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from forerun.moe.choice import Choice
 from forerun.moe.foresight import Foresight
+from forerun.moe.pieces import Pieces
 from forerun.moe.sglang_spread import Ranks, Spread
 
 EXPERTS, TOP_K, WIDTH = 8, 2, 16
@@ -31,7 +32,7 @@ def main(store, rank, ranks):
 
     for exact in (False, True):
         for apart in (False, True):
-            shared = Ranks(None, rank, ranks, exact, apart, Foresight(None, range(ranks)))
+            shared = Ranks(None, rank, ranks, exact, apart, Foresight(None, range(ranks)), Pieces())
             spread = Spread(shared, 0, EXPERTS, place, Choice(None, 0.0))
             for count in (0, 1, 2, 5, 33):
                 check(spread, count + rank if apart else count, matrix, compute)

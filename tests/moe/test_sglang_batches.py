@@ -9,6 +9,7 @@ import torch.distributed as dist
 from forerun.moe.alternation import Alternation
 from forerun.moe.choice import Choice, Rates
 from forerun.moe.foresight import Foresight
+from forerun.moe.pieces import Pieces
 from forerun.moe.sglang_batches import Batches
 from forerun.moe.sglang_spread import Ranks, Spread
 
@@ -25,7 +26,7 @@ def group():
 
 def made(expected, turns=0):
     """Two layers, whose tokens send so many rows."""
-    ranks = Ranks(None, 0, 1, False, False, Foresight(None, range(1)))
+    ranks = Ranks(None, 0, 1, False, False, Foresight(None, range(1)), Pieces())
     layers = [Spread(ranks, at, 8, None, Choice(RATES, rows)) for at, rows in enumerate(expected)]
     trial = Alternation(turns) if turns else None
     return Batches(ranks, layers, torch.device("cpu"), trial)

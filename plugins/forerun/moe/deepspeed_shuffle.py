@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from forerun.moe.alternation import Alternation
 from forerun.moe.foresight import Foresight
+from forerun.moe.pieces import Pieces
 from forerun.moe.plan import Plan
 from forerun.moe.scatter import chunk, gather, scatter_sum
 from forerun_adapters import deepspeed_folded as host
@@ -39,6 +40,7 @@ class _State:
     layer: int  # its place among the MoE layers
     last: bool  # of those whose tokens are shuffled
     group: Any  # tensor-parallel
+    pieces: Pieces
     hooks: list[Any] = field(default_factory=list)
 
 
@@ -56,18 +58,20 @@ class _Shuffled:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         there = state.foresight.shuffle(state.layer, len(tokens))
         part = host.attended(self, hidden_states, **named).reshape(tokens.shape)
-        mine = scatter_sum(part, there, state.group)
+        mine = scatter_sum(part, there, state.group, state.pieces)
         if self.self_attn.o_proj.bias is not None:
             mine = mine + self.self_attn.o_proj.bias
         mine = chunk(tokens, there, dist.get_rank(state.group)) + mine
         mine = mine + host.experts_of(self, mine)
         if state.foresight.looks:
             # The rank of each token's experts travels along as one more element: exact to 256 in any dtype.
-            told = gather(torch.cat((mine, self.mlp.forerun_state.seen.to(mine)[:, None]), 1), there, state.group)
+            told = gather(
+                torch.cat((mine, self.mlp.forerun_state.seen.to(mine)[:, None]), 1), there, state.group, state.pieces
+            )
             state.foresight.saw(told[:, -1])
             whole = told[:, :-1]
         else:
-            whole = gather(mine, there, state.group)
+            whole = gather(mine, there, state.group, state.pieces)
         if state.last:
             state.foresight.end()
         return whole.reshape(hidden_states.shape)
@@ -103,6 +107,7 @@ def shuffle_tokens(module: nn.Module, found: Sequence[tuple[str, Any]], plan: Pl
         Whether a layer's `forerun_state.seen` is asked for: `[n]` the plan's rank of most of each token's experts.
     """
     foresight: Foresight | None = None
+    pieces: Pieces
     last = max((place for place, (_, layer) in enumerate(found) if folded(layer)), default=None)
     for place, (name, layer) in enumerate(found):
         folding = host.folding(layer)
@@ -112,8 +117,9 @@ def shuffle_tokens(module: nn.Module, found: Sequence[tuple[str, Any]], plan: Pl
         first = foresight is None
         if foresight is None:
             tried = Alternation(trial, folding.group, "tokens shuffled", "in their order") if trial else None
-            foresight = Foresight(plan, folding.columns, tried)
-        state = _State(type(decoder), type(decoder.self_attn.o_proj), foresight, place, place == last, folding.group)
+            foresight, pieces = Foresight(plan, folding.columns, tried), Pieces(folding.group)
+        stock, projection = type(decoder), type(decoder.self_attn.o_proj)
+        state = _State(stock, projection, foresight, place, place == last, folding.group, pieces)
         if first:
             state.hooks += _listening(module, foresight)
         decoder.forerun_shuffle = state

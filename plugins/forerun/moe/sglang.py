@@ -40,6 +40,7 @@ from forerun.moe.dispatch import uniform_fan_out
 from forerun.moe.exchange import exchanged
 from forerun.moe.foresight import Foresight, even
 from forerun.moe.identity import Identity
+from forerun.moe.pieces import Pieces
 from forerun.moe.plan import Plan
 from forerun.moe.requests import Arrivals
 from forerun.moe.scatter import gather, scatter_sum
@@ -152,6 +153,7 @@ class Speculation:
             "expected_rows": {str(number): one.choice.expected for number, one in self.spread.items()},
             "rates": None if self.rates is None else asdict(self.rates),
             "trial": [] if self._batches is None or self._batches.trial is None else self._batches.trial.decided(),
+            "in_pieces": self._batches is not None and self._batches.ranks.pieces.slow,
             "moved_bytes": self.moved,
             "shared_bytes": self.whole,
             "layers": layers,
@@ -180,7 +182,8 @@ class Speculation:
 
     def _install(self, found: Sequence[host.Found], like: Tensor) -> None:
         nothing = Foresight(None, range(host.ranks()))
-        ranks = Ranks(host.group(), host.rank(), host.ranks(), self.asked.exact, host.apart(), nothing)
+        pieces = Pieces(host.group())
+        ranks = Ranks(host.group(), host.rank(), host.ranks(), self.asked.exact, host.apart(), nothing, pieces)
         width = int(found[0].experts.hidden_size)
         self.rates = _measured(ranks, width, like) if self.asked.choose else None
         for at, one in enumerate(found):

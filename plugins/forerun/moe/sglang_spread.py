@@ -21,6 +21,7 @@ from forerun.moe.choice import Choice
 from forerun.moe.exchange import Group, dispatch, return_pairs, row_bytes
 from forerun.moe.foresight import Foresight
 from forerun.moe.overlap import Pace, summed
+from forerun.moe.pieces import Pieces
 from forerun.moe.scatter import chunk, gather, scatter_sum
 from forerun.moe.shuffle import Shuffle
 
@@ -38,6 +39,7 @@ class Ranks:
         exact: Whether a row per (token, expert) comes back.
         apart: Whether attention is data-parallel: each rank has tokens of its own.
         foresight: Where tokens go.
+        pieces: In which tokens go to the rank that asks their experts, and come back.
     """
 
     group: Group
@@ -46,6 +48,7 @@ class Ranks:
     exact: bool
     apart: bool
     foresight: Foresight
+    pieces: Pieces
 
 
 @dataclass
@@ -116,7 +119,8 @@ class Spread:
             return part, residual
         mine = self._there.sizes[self.ranks.rank]
         self.counted.bytes += (len(part) - mine) * part.shape[1] * part.element_size()
-        return scatter_sum(part, self._there, self.ranks.group), chunk(residual, self._there, self.ranks.rank)
+        ranks = self.ranks
+        return scatter_sum(part, self._there, ranks.group, ranks.pieces), chunk(residual, self._there, ranks.rank)
 
     def answer(
         self, hidden: Tensor, weight: Tensor, expert: Tensor, compute: Callable[[Tensor, Tensor], Tensor]
@@ -170,7 +174,7 @@ class Spread:
         if notes:
             told = torch.cat((told, *(note.to(told)[:, None] for note in notes if note is not None)), 1)
         self.counted.bytes += (ranks.size - 1) * max(there.sizes) * told.shape[1] * told.element_size()
-        every = gather(told, there, ranks.group)
+        every = gather(told, there, ranks.group, ranks.pieces)
         if looks_back:
             ranks.foresight.saw(every[:, output.shape[1]])
         if learns:
