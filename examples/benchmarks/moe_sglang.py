@@ -47,7 +47,7 @@ _FLAGS = (
     "--disable-radix-cache",
 )
 _APART = ("--boundary-reduction", "rs")  # what SGLang chooses otherwise is for NCCL alone
-_SETTLES = 4  # batches after which a link's speed is known
+_SETTLES = 6  # batches after which a link's speed is known
 _RATES = {"loopback": None, "1gbit": 1e9, "100mbit": 1e8}  # bits a second, each way of each rank
 _SHAPES = {"random": "olmoe", "planted": "olmoe", "folded": "folded"}  # of the models
 _WAYS: dict[str, dict[str, Any] | None] = {
@@ -204,15 +204,12 @@ def _measured(
 
 def _settle(client: Client, case: Case) -> None:
     """Not timed: connections, memory, and the batches that are tried both ways, until it is known which is kept."""
-    for seed in range(0, 24, 2):
-        before, decided = client.layers(), len(client.state().get("trial", []))
-        for further in range(2):
-            client.batch(case.asked(100 + seed + further), 1)
-        if not client.layers():
-            break
+    decided = len(client.state().get("trial", []))
+    for seed in range(24):
+        client.batch(case.asked(100 + seed), 1)
         state = client.state()
-        known = not state["choose"] or len(state["trial"]) > decided or not _share(before, client.layers())
-        if known and seed >= _SETTLES:
+        known = not state or len(state["trial"]) > decided or not state["choose"]
+        if known and seed >= (_SETTLES if state else 1):
             break
     prompts = [_prompt(case.shape, 200 + at, 16) for at in range(8)]
     client.batch(prompts, 24 if client.layers() else 2)

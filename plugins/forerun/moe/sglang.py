@@ -261,7 +261,8 @@ def _measured(ranks: Ranks, width: int, like: Tensor) -> Rates:
     def spread(tokens: int, sent: int) -> None:
         there = even(tokens, ranks.size)
         if not ranks.apart:
-            gather(scatter_sum(rows(tokens), there, ranks.group), there, ranks.group)
+            mine = scatter_sum(rows(tokens), there, ranks.group, ranks.pieces)
+            gather(mine, there, ranks.group, ranks.pieces)
         each = [sent // (ranks.size - 1)] * ranks.size
         each[ranks.rank] = 0
         told = torch.tensor(each, device=like.device)
