@@ -2,7 +2,8 @@
 
 - `placement`: what grouping gains on real routing tables, whose folder FORERUN_ROUTING_DATA names; no model is run.
 - `serving`: pinned models on 2 and 4 ranks over gloo, stock and ours, over loopback and over links of 1 Gbit/s and
-  100 Mbit/s between network namespaces, which need root (`--links loopback` does not).
+  100 Mbit/s between network namespaces, which need root (`--links loopback` does not). A case (model, ranks, link) that
+  is run replaces its own rows.
 
     python examples/benchmarks/moe.py --parts placement [--effort 600] [--curve-effort 150]
     python examples/benchmarks/moe.py --parts serving [--links loopback] [--shape small --repeats 1]
@@ -30,7 +31,7 @@ def main(parts: list[str], out: Path, options: argparse.Namespace) -> None:
         raise SystemExit(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(_PARTS)}")
     file = out / "moe.json"
     old = json.loads(file.read_text()) if file.exists() else {}
-    kept = {part: entry for part, entry in old.get("parts", {}).items() if part not in parts}
+    kept = dict(old.get("parts", {}))
     command = "python " + " ".join(["examples/benchmarks/moe.py", *sys.argv[1:]])
     here = provenance(torch.device("cpu"), _PACKAGES, command)
     run = {"command": command, "commit": here["commit"]}
@@ -52,6 +53,7 @@ def main(parts: list[str], out: Path, options: argparse.Namespace) -> None:
         }
         ranks = [int(count) for count in options.ranks.split(",")]
         found = moe_serving.held(moe_serving.measured(settings, ranks, options.links.split(","), options.seconds))
+        found = moe_serving.merged(kept.get("serving", {}).get("measured", []), [{**one, "run": run} for one in found])
         kept["serving"] = {"run": run, "rows": moe_serving.rows(found), "settings": settings, "measured": found}
         moe_serving.draw(found, out / "moe-serving.png")
     result = {**here, "rows": [row for part in kept.values() for row in part["rows"]], "parts": kept}

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from links import limit
 from moe_models import SHAPES, Pinned, pinned
 from moe_traffic import Traffic
-from moe_ways import WAYS, Plans, Routing, plans_of
+from moe_ways import WAYS, Plans, Routing, Way, plans_of
 from torch import Tensor, nn
 
 from forerun.moe.requests import assign
@@ -138,34 +138,58 @@ class Serving:
         }
 
     def run(self) -> list[dict[str, Any]]:
-        found, stock = [], None
+        found: list[dict[str, Any]] = []
+        self.stock: Tensor | None = None
         for way in WAYS:
             if way.name == "classic" and self.folded:
                 continue
-            place = way.plan(self.plans)
-            rank_of = self.split(place if way.split else None)
-            mine = np.flatnonzero(rank_of == self.here)
-            ids = self.requests[torch.from_numpy(mine)]
-            with way.applied(self.model, place, self.folded) as layers:
-                counts = every(self.counted(ids, layers) | {"requests": mine})
-                logits = torch.empty(len(self.requests), counts[0]["logits"].shape[1])
-                for part in counts:
-                    logits[torch.from_numpy(part["requests"])] = part["logits"]
-                stock = logits if stock is None else stock
-                off = float((logits - stock).abs().max() / stock.abs().max())
-                clock = Clock(layers)
-                for rate in self.settings["rates"]:
-                    dist.barrier()
-                    if rate is not None:
-                        limit(self.here, rate)
-                    times = every(self.timed(ids, clock))
-                    if rate is not None:
-                        limit(self.here, None)
-                    entry = {"model": self.name, "ranks": self.ranks, "link": rate or "loopback", "way": way.name}
-                    found.append(entry | way.summary(self, place, counts, times, len(layers)) | {"difference": off})
+            rates = self.settings["rates"]
+            # What tries both ways does so over each link.
+            for some in [[rate] for rate in rates] if way.trial else [rates]:
+                for entry in self.served(way, some):
+                    found.append(entry)
                     if self.here == 0:
-                        print(json.dumps(found[-1]), flush=True)
+                        print(json.dumps(entry), flush=True)
         return found
+
+    def served(self, way: Way, rates: list[str | None]) -> Iterator[dict[str, Any]]:
+        """One way over some links."""
+        place = way.plan(self.plans)
+        rank_of = self.split(place if way.split else None)
+        mine = np.flatnonzero(rank_of == self.here)
+        ids = self.requests[torch.from_numpy(mine)]
+        with way.applied(self.model, place, self.folded) as layers:
+            with limited(self.here, rates[0]):
+                for _ in range((1 + self.folded) * way.trial):
+                    self.prefill(ids)
+            counts = every(self.counted(ids, layers) | {"requests": mine})
+            logits = torch.empty(len(self.requests), counts[0]["logits"].shape[1])
+            for part in counts:
+                logits[torch.from_numpy(part["requests"])] = part["logits"]
+            self.stock = logits if self.stock is None else self.stock
+            off = float((logits - self.stock).abs().max() / self.stock.abs().max())
+            clock = Clock(layers)
+            kept = not way.trial or self.folded or all(hasattr(layer, "forerun_state") for layer in layers)
+            taken, where = (way, place) if kept else (WAYS[0], None)
+            for rate in rates:
+                with limited(self.here, rate):
+                    times = every(self.timed(ids, clock))
+                entry = {"model": self.name, "ranks": self.ranks, "link": rate or "loopback", "way": way.name}
+                entry |= taken.summary(self, where, counts, times, len(layers)) | {"difference": off}
+                yield entry | ({"kept": "ours" if kept else "stock"} if way.trial else {})
+
+
+@contextmanager
+def limited(rank: int, rate: str | None) -> Iterator[None]:
+    """Within, this rank's link has a rate; None: there is none."""
+    dist.barrier()
+    if rate is not None:
+        limit(rank, rate)
+    dist.barrier()
+    yield
+    dist.barrier()
+    if rate is not None:
+        limit(rank, None)
 
 
 def every(mine: Any) -> list[Any]:

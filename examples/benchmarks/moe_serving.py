@@ -15,7 +15,7 @@ from typing import Any
 from links import INTERFACE, namespaces
 from measurement import comparison
 
-__all__ = ["LINKS", "draw", "held", "measured", "rows"]
+__all__ = ["LINKS", "draw", "held", "measured", "merged", "rows"]
 
 LINKS = {"loopback": None, "1gbit": 1e9, "100mbit": 1e8}  # bits a second, each way of each rank
 _HERE = Path(__file__).parent
@@ -28,6 +28,7 @@ _NAMES = {
     "s-EG": "experts grouped (s-EG)",
     "s-TS": "tokens assigned (s-TS)",
     "both": "s-EG and s-TS",
+    "as turned on": "both, as turned on",
 }
 
 
@@ -115,6 +116,18 @@ def held(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entry["of_bound"] = (entry["sooner"] - 1) / gain if rate is not None and gain > 0.02 else None
         result.append(entry)
     return result
+
+
+def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each case (model, ranks, link) as it was run last, in the order in which they were first run."""
+
+    def cases(found: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+        by_case: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for one in found:
+            by_case.setdefault((one["model"], one["ranks"], one["link"]), []).append(one)
+        return by_case
+
+    return [one for case in {**cases(old), **cases(new)}.values() for one in case]
 
 
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

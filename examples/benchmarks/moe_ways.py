@@ -115,6 +115,7 @@ class Way:
     split: bool = False  # whether requests are assigned by the plan
     ours: bool = True
     exact: bool = False
+    trial: int = 0  # calls of a layer that are run both ways before the sooner one is kept
 
     @contextmanager
     def applied(self, model: Any, plan: Plan | None, folded: bool) -> Iterator[list[nn.Module]]:
@@ -126,7 +127,7 @@ class Way:
                 for decoder in decoders:
                     decoder.mlp = as_classic(decoder.mlp)
             elif self.ours:
-                speculate(model, plan, exact=self.exact, shuffle=self.split)
+                speculate(model, plan, exact=self.exact, shuffle=self.split, trial=self.trial)
             yield decoders if folded else [decoder.mlp for decoder in decoders]
         finally:
             for decoder, layer in zip(decoders, stock, strict=True):
@@ -203,4 +204,5 @@ WAYS = (
     Way("s-EG", lambda plans: plans.grouped),
     Way("s-TS", lambda plans: plans.in_order, split=True),
     Way("both", lambda plans: plans.grouped, split=True),
+    Way("as turned on", lambda plans: plans.grouped, split=True, trial=8),
 )
