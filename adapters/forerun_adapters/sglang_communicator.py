@@ -36,7 +36,8 @@ def obstacle(communicator: Any) -> str | None:
         (type(communicator) not in (_communicator.LayerCommunicator, Stage), "a communicator of its own kind"),
         # SGLang's sign that the layer's experts leave their sum to somebody else where they are told so.
         (not communicator.allow_reduce_scatter, "experts that add up what they say in any case"),
-        (communicator._sp_variant is not None, "norms on parts of a sequence"),
+        # There are none before sglang 0.5.19.
+        (getattr(communicator, "_sp_variant", None) is not None, "norms on parts of a sequence"),
         (ways != {_communicator.ScatterMode.TP_ATTN_FULL}, "tokens that come or go in parts"),
     )
     return next((reason for applies, reason in reasons if applies), None)

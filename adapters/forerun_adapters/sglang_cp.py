@@ -16,11 +16,13 @@ import torch.distributed as dist
 from packaging.version import Version
 
 from forerun_adapters._require import require
+from forerun_adapters.sglang import Hook
 
 _RELEASE = require("sglang")
 
 from sglang.srt.distributed import parallel_state as _state  # noqa: E402
 from sglang.srt.distributed.parallel_state import patch_tensor_parallel_group  # noqa: E402
+from sglang.srt.environ import envs as _variables  # noqa: E402
 from sglang.srt.layers.cp import base as _cp  # noqa: E402
 from sglang.srt.runtime_context import get_parallel  # noqa: E402
 
@@ -35,6 +37,7 @@ __all__ = [
     "attend",
     "check_runner",
     "check_server",
+    "choosing",
     "groups",
     "install",
     "installed",
@@ -50,7 +53,7 @@ FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend"
 STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 
-_BEFORE_21 = Version("0.5.21") > _RELEASE
+_BEFORE_19, _BEFORE_20, _BEFORE_21 = (Version(f"0.5.{patch}") > _RELEASE for patch in (19, 20, 21))
 # What there is since 0.5.22. Remove when sglang >= 0.5.22.
 _SINCE_22 = Version("0.5.22") <= _RELEASE
 _NOT_SHARED = {"enable_cp_tp_group_sharing": False} if _SINCE_22 else {}
@@ -59,6 +62,22 @@ _PHYSICAL = {"physical": True} if _SINCE_22 else {}  # of slots
 Strategy: Any = _cp.ContextParallelStrategy
 Metadata: Any = _cp.BaseContextParallelMetadata
 ZIGZAG: Any = _cp.ContextParallelStrategyKind.ZIGZAG
+
+
+def choosing(choose: Callable[[bool, int], None]) -> Hook:
+    """A hook in the place of SGLang's choice of a strategy: `choose(is context parallelism on, ranks)` installs one."""
+
+    def chosen(stock: Any, *, enable_prefill_cp: bool, cp_size: int, **_: Any) -> None:
+        choose(enable_prefill_cp, cp_size)
+        if _BEFORE_20:
+            # Strategies split passes by this variable alone. Remove when sglang >= 0.5.20.
+            _variables.SGLANG_ENABLE_CP_V2.set(True)
+
+    def of_arguments(stock: Any, asked: Any) -> None:
+        """What is handed over before 0.5.19. Remove when sglang >= 0.5.19."""
+        chosen(stock, enable_prefill_cp=asked.enable_prefill_cp, cp_size=asked.attn_cp_size)
+
+    return Hook(STRATEGY, of_arguments if _BEFORE_19 else chosen)
 
 
 def install(strategy: Any) -> None:

@@ -40,7 +40,8 @@ def test_what_is_read_of_a_communicator():
     assert modes <= set(LayerScatterModes.__dataclass_fields__)
     assert ScatterMode.TP_ATTN_FULL in ScatterMode
     made = inspect.getsource(LayerCommunicator.__init__)
-    assert all(f"self.{name}" in made for name in ("allow_reduce_scatter", "_sp_variant", "post_attention_layernorm"))
+    assert all(f"self.{name}" in made for name in ("allow_reduce_scatter", "post_attention_layernorm"))
+    assert ("self._sp_variant" in made) == (Version("0.5.19") <= RELEASE)
 
 
 def test_experts_are_told_what_a_communicator_says():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import os
 import pkgutil
+import types
 import warnings
 
 import pytest
@@ -18,6 +20,7 @@ with warnings.catch_warnings():
 from sglang.srt import runtime_context as context
 from sglang.srt.distributed import parallel_state
 from sglang.srt.distributed.parallel_state import patch_tensor_parallel_group
+from sglang.srt.environ import envs
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.cp import base
 from sglang.srt.layers.cp.zigzag import ZigzagCPStrategy
@@ -43,7 +46,7 @@ def parameters(function):
 @pytest.mark.parametrize(
     "target, takes",
     [
-        (host.STRATEGY, ["enable_prefill_cp", "cp_size", "cp_strategy"]),
+        (host.STRATEGY, ["server_args"] if host._BEFORE_19 else ["enable_prefill_cp", "cp_size", "cp_strategy"]),
         (host.LOAD, ["self"]),
         (host.FORWARD, ["self", "forward_batch"]),
         (host.ATTENTION, ["self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"]),
@@ -54,9 +57,25 @@ def test_what_is_hooked(target, takes):
     assert parameters(pkgutil.resolve_name(target))[: len(takes)] == takes
 
 
-def test_the_oldest_release_still_needs_its_shims():
-    """Once 0.5.21 is the oldest release that is supported, what `_BEFORE_21` asks for can go."""
-    assert HOSTS["sglang"].supports(Version("0.5.20"))
+@pytest.mark.parametrize("patch", [19, 20, 21])
+def test_the_oldest_release_still_needs_its_shims(patch):
+    """Once 0.5.21 is the oldest release that is supported, what `_BEFORE_21` asks for can go, and so on."""
+    assert HOSTS["sglang"].supports(Version(f"0.5.{patch - 1}")) and hasattr(host, f"_BEFORE_{patch}")
+
+
+def test_a_strategy_is_chosen_as_sglang_asks(monkeypatch):
+    """The variable without which strategies split nothing before 0.5.20 is set for whoever starts next."""
+    monkeypatch.setenv("SGLANG_ENABLE_CP_V2", "0")
+    asked, found = {"enable_prefill_cp": True, "cp_size": 2, "cp_strategy": "zigzag"}, []
+    hook = host.choosing(lambda *given: found.append(given))
+    if host._BEFORE_19:
+        arguments = {**asked, "attn_cp_size": 2}
+        hook.function(None, types.SimpleNamespace(**arguments))
+    else:
+        hook.function(None, **asked)
+    assert hook.target == host.STRATEGY and found == [(True, 2)]
+    assert (os.environ["SGLANG_ENABLE_CP_V2"] == "True") == host._BEFORE_20
+    assert hasattr(envs, "SGLANG_ENABLE_CP_V2") == host._BEFORE_20
 
 
 def test_a_strategy_has_what_sglang_calls():
@@ -100,7 +119,8 @@ def test_what_is_read_of_a_pass():
         "capture_hidden_mode",
     }
     assert ForwardMode.EXTEND.is_context_parallel_extend() and not ForwardMode.DECODE.is_context_parallel_extend()
-    assert "cp_gather_after_forward" in inspect.getsource(EagerRunner._execute_extend_cp)
+    split = EagerRunner._execute_extend_cp_v2 if host._BEFORE_20 else EagerRunner._execute_extend_cp
+    assert "cp_gather_after_forward" in inspect.getsource(split)
 
 
 def test_what_is_read_of_a_layer():

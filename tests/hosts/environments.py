@@ -1,6 +1,6 @@
 """Makes the environments that tests and the demo run in, each once.
 
-    python3 tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9 vllm-0.28 sglang-0.5.20
+    python3 tests/hosts/environments.py main sglang oldest torchrec-1.7 torchrec-1.9 vllm-0.28 sglang-0.5.18
 
 An environment is made from complete pins without resolving anything, so that no dependency can bring a CUDA build or
 another version along. Its stamp, written last, says what it was made from: a matching one is left alone, any other,
@@ -75,7 +75,7 @@ ENVIRONMENTS = {
         Environment("deepspeed-0.19.4", ".venv-deepspeed-0.19.4", "deepspeed-0.19.4.txt", None, "torch", ".venv"),
         Environment("vllm-0.28", ".venv-vllm-0.28", "vllm-0.28.txt", None, "vllm", ".venv"),
         # Not imported: SGLang needs what `sglang_shims` adds.
-        Environment("sglang-0.5.20", ".venv-sglang-0.5.20", "sglang-0.5.20.txt", None, "torch", ".venv-sglang"),
+        Environment("sglang-0.5.18", ".venv-sglang-0.5.18", "sglang-0.5.18.txt", None, "torch", ".venv-sglang"),
     )
 }
 

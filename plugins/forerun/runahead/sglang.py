@@ -54,17 +54,17 @@ def hooks(section: Mapping[str, Any]) -> Sequence[Hook]:
     """
     settings = read(section)
 
-    def install(original: Any, *, enable_prefill_cp: bool, cp_size: int, cp_strategy: str | None) -> None:
-        if not enable_prefill_cp or cp_size < 2:
+    def choose(split: bool, ranks: int) -> None:
+        if not split or ranks < 2:
             raise ValueError(
                 "KV-Runahead was asked for, but prefill context parallelism is off: "
                 "add --enable-prefill-cp --cp-strategy zigzag --attn-cp-size R with R = --tp-size, or more ranks"
             )
-        settings.check(cp_size)
-        host.install(RunaheadStrategy(cp_size, settings))
+        settings.check(ranks)
+        host.install(RunaheadStrategy(ranks, settings))
 
     return (
-        Hook(host.STRATEGY, install),
+        host.choosing(choose),
         Hook(host.LOAD, _load),
         Hook(host.FORWARD, _forward),
         Hook(host.ATTENTION, _attend),
