@@ -262,11 +262,23 @@ def computed(experts: Any, rows: Tensor, number: Tensor) -> Tensor:
     return answer
 
 
+class _TopK(_topk.TopK):  # type: ignore[misc]
+    """A router's choice that asks no kernel about no tokens, of which not all of SGLang's models take care."""
+
+    def forward(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
+        if not len(hidden_states):
+            return self.empty_topk_output(hidden_states.device)
+        return super().forward(hidden_states, *rest, **named)
+
+
 def attach(decoder: nn.Module, spread: Any) -> None:
     """Has a built layer ask a `Spread` about every batch: whether it is spread, and to do it."""
     boundary = _boundary.boundary_of(decoder)
     assert boundary is not None
     boundary.forerun_spread, boundary.__class__ = spread, _boundary.Stage
+    for module in decoder.modules():
+        if type(module) is _topk.TopK:
+            module.__class__ = _TopK  # a rank may have no tokens of a batch
 
 
 def experts_class(stock: type[nn.Module], forward: Callable[[Any, Callable[..., Any], Tensor, Any], Any]) -> type:

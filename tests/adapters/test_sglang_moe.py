@@ -13,7 +13,7 @@ with warnings.catch_warnings():  # quantizations that this machine lacks
     warnings.simplefilter("ignore")
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
-    from sglang.srt.layers.moe.topk import StandardTopKOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
     from sglang.srt.managers import data_parallel_controller
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.runtime_context import get_flags
@@ -44,6 +44,11 @@ def test_experts_are_asked_by_a_routers_answer():
     assert names(FusedMoE.run_moe_core) == ["self", "dispatch_output"]
     assert StandardTopKOutput._fields == ("topk_weights", "topk_ids", "router_logits")
     assert StandardDispatchOutput._fields[:3] == ("hidden_states", "hidden_states_scale", "topk_output")
+
+
+def test_a_router_has_an_answer_for_no_tokens():
+    assert names(TopK.empty_topk_output)[:2] == ["self", "device"]
+    assert names(TopK.forward_native)[:3] == ["self", "hidden_states", "router_logits"]
 
 
 def test_experts_of_a_draft_are_known():
