@@ -53,7 +53,7 @@ def main(parts: list[str], out: Path, options: argparse.Namespace) -> None:
         }
         ranks = [int(count) for count in options.ranks.split(",")]
         found = moe_serving.held(moe_serving.measured(settings, ranks, options.links.split(","), options.seconds))
-        found = moe_serving.merged(kept.get("serving", {}).get("measured", []), [{**one, "run": run} for one in found])
+        found = moe_serving.merged(kept.get("serving", {}).get("measured", []), found, run)
         kept["serving"] = {"run": run, "rows": moe_serving.rows(found), "settings": settings, "measured": found}
         moe_serving.draw(found, out / "moe-serving.png")
     result = {**here, "rows": [row for part in kept.values() for row in part["rows"]], "parts": kept}

@@ -118,8 +118,8 @@ def held(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each case (model, ranks, link) as it was run last, in the order in which they were first run."""
+def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], run: dict[str, str]) -> list[dict[str, Any]]:
+    """Each case (model, ranks, link) as it was run last, and by which run, in the order of their first runs."""
 
     def cases(found: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
         by_case: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -127,7 +127,7 @@ def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list
             by_case.setdefault((one["model"], one["ranks"], one["link"]), []).append(one)
         return by_case
 
-    return [one for case in {**cases(old), **cases(new)}.values() for one in case]
+    return [one for case in {**cases(old), **cases([{**one, "run": run} for one in new])}.values() for one in case]
 
 
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
