@@ -6,6 +6,7 @@ stock's, so with `exact=True` the result is stock's bit for bit: every expert se
 
     deepspeed_autoep.py, deepspeed_classic.py   the two kinds of layers
     deepspeed_state.py       what a layer carries, and where its experts lie
+    background.py            experts moved while the model serves
     deepspeed_checkpoint.py  checkpoints in stock's layout, whatever the plan
     deepspeed_counts.py      a profile that goes on while the model serves
     deepspeed_shuffle.py     tokens shuffled around tensor-parallel attention
@@ -33,14 +34,24 @@ from forerun.moe.deepspeed_checkpoint import keep_stock_layout, leave_layout
 from forerun.moe.deepspeed_classic import SpeculativeClassic
 from forerun.moe.deepspeed_counts import Counter
 from forerun.moe.deepspeed_shuffle import folded, obstacle, shuffle_tokens, unshuffle_tokens
-from forerun.moe.deepspeed_state import State, lay, refuse_torn, speculated
+from forerun.moe.deepspeed_state import State, lay, lay_beside, refuse_torn, speculated, stop_moving
 from forerun.moe.deepspeed_trial import Trial
 from forerun.moe.identity import Identity
 from forerun.moe.plan import Plan
 from forerun.moe.profile import Profile
 from forerun_adapters import deepspeed as host
 
-__all__ = ["apply", "counts", "identify", "register", "sent_rows", "speculate", "unregister", "unspeculate"]
+__all__ = [
+    "apply",
+    "counts",
+    "identify",
+    "moving",
+    "register",
+    "sent_rows",
+    "speculate",
+    "unregister",
+    "unspeculate",
+]
 
 
 def speculate(
@@ -101,35 +112,54 @@ def speculate(
     _try(module, trial)
 
 
-def apply(model: Any, plan: Plan | None, *, layers_a_step: int | None = None, trial: int = 0) -> None:
+def apply(model: Any, plan: Plan | None, *, background: bool = False, trial: int = 0) -> None:
     """Moves a speculated model's experts to where another plan has them, while it goes on serving.
 
     All ranks call it alike, between the same two forward passes. Results stay stock's at every point. What moves at
-    once are pieces of `forerun.moe.move.MOVE_BYTES` bytes on each rank, whatever the model's size.
+    once are pieces of `forerun.moe.move.MOVE_BYTES` bytes on each rank, whatever the model's size. A move that is
+    under way ends here, its experts where they have come to, and is forgotten: `apply(model, plan)` of the same plan
+    moves the rest at once.
 
     Args:
         model: The model, or the engine around it.
         plan: Where experts shall lie; None: where stock has them.
-        layers_a_step: Moves so many layers' experts in each of the next forward passes; None: all now.
-        trial: As of `speculate`.
+        background: Pieces travel while forward passes go on, the next one's turn coming with the next call of a layer,
+            and experts are put in their places some at a time: see `forerun.moe.background` for what a rank holds
+            meanwhile, and `moving` for what is left. Nothing moves while no pass runs. False: all now.
+        trial: As of `speculate`; it begins when experts lie there, but that of shuffled tokens at once.
 
     Raises:
         ValueError: The model is not speculated, the plan is another model's, or ranks were told different things.
             Nothing was changed.
-        RuntimeError: A rank was lost while experts moved.
+        RuntimeError: A rank was lost while experts moved; in the background, the forward pass raises it.
     """
     module = getattr(model, "module", model)
     layers = speculated(module)
     if not layers:
         raise ValueError(f"{type(module).__name__} is not speculated: speculate(model, plan) first")
-    if layers_a_step is not None and layers_a_step < 1:
-        raise ValueError(f"layers_a_step is {layers_a_step}; expected 1 or more, or None for all at once")
     for layer in layers:
         refuse_torn(layer)
-    agree(_misfit(module, plan), _told(plan, layers_a_step, trial), layers[0].ep_group)
-    _place(module, plan, layers_a_step)
+    agree(_misfit(module, plan), _told(plan, background, trial), layers[0].ep_group)
+    stop_moving(layers)
     _shuffle(module, plan, trial)
-    _try(module, trial)
+    _try(module, 0)
+    if not background:
+        _place(module, plan)
+        _try(module, trial)
+        return
+
+    def done() -> None:
+        if not moving(module):
+            _try(module, trial)
+
+    lay_beside(layers, _orders(module, plan), done)
+
+
+def moving(model: Any) -> int:
+    """Layers whose experts are not yet all where `apply(model, plan, background=True)` moves them; 0: nothing moves."""
+    layers = speculated(getattr(model, "module", model))
+    moves = {layer.forerun_state.move for layer in layers} - {None}
+    return sum(move.left() for move in moves)
 
 
 @torch.no_grad()
@@ -143,6 +173,7 @@ def unspeculate(model: Any) -> None:
     layers = speculated(module)
     for layer in layers:
         refuse_torn(layer)
+    stop_moving(layers)
     unshuffle_tokens(module)
     for layer in layers:
         lay(layer, None)
@@ -226,13 +257,14 @@ def _told(plan: Plan | None, *options: Any) -> str:
     return f"{placement} {options}"
 
 
-def _place(module: Any, plan: Plan | None, layers_a_step: int | None = None) -> None:
-    for index, layer in enumerate(speculated(module)):
-        state: State = layer.forerun_state
-        order = None if plan is None else torch.from_numpy(plan.order[index])
-        state.due = None if layers_a_step is None else (index // layers_a_step, order)
-        if layers_a_step is None:
-            lay(layer, order)
+def _orders(module: Any, plan: Plan | None) -> list[torch.Tensor | None]:
+    """Of each layer, the expert at each place; None: stock's."""
+    return [None if plan is None else torch.from_numpy(plan.order[index]) for index in range(len(speculated(module)))]
+
+
+def _place(module: Any, plan: Plan | None) -> None:
+    for layer, order in zip(speculated(module), _orders(module, plan), strict=True):
+        lay(layer, order)
 
 
 def _shuffle(module: Any, plan: Plan | None, trial: int) -> None:

@@ -22,9 +22,12 @@ class SpeculativeAutoEP(host.AutoEPLayer):  # type: ignore[misc]
     forerun_state: State
 
     def forward(self, hidden: Tensor) -> Any:
-        stock, place = super().forward, self.forerun_state.place
+        stock = super().forward
         return answered(
-            self, lambda: self._ours(hidden), lambda: host.stock(self, stock, hidden, place), lambda: stock(hidden)
+            self,
+            lambda: self._ours(hidden),
+            lambda: host.stock(self, stock, hidden, self.forerun_state.place),
+            lambda: stock(hidden),
         )
 
     def _ours(self, hidden: Tensor) -> Any:

@@ -30,11 +30,11 @@ class SpeculativeClassic(host.ClassicLayer):  # type: ignore[misc]
     forerun_state: State
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        stock, place = super().forward, self.forerun_state.place
+        stock = super().forward
         answer: Tensor = answered(
             self,
             lambda: self._ours(*inputs),
-            lambda: host.stock(self, stock, inputs, place),
+            lambda: host.stock(self, stock, inputs, self.forerun_state.place),
             lambda: stock(*inputs, **named),
             host.batch(self, inputs[0]),
         )

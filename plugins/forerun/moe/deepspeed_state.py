@@ -5,7 +5,7 @@ Everything here happens alike on all ranks of the layer's group: an expert-paral
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from forerun.moe.background import Background, Movable
 from forerun.moe.move import MOVE_BYTES, move
 from forerun.moe.overlap import Pace
 from forerun_adapters import deepspeed as host
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
     from forerun.moe.deepspeed_counts import Counter
     from forerun.moe.deepspeed_trial import Trial
 
-__all__ = ["State", "answered", "lay", "lie_as_stock", "refuse_torn", "speculated", "stock_places"]
+__all__ = [
+    "State",
+    "answered",
+    "lay",
+    "lay_beside",
+    "lie_as_stock",
+    "refuse_torn",
+    "speculated",
+    "stock_places",
+    "stop_moving",
+]
 
 
 @dataclass
@@ -34,7 +45,7 @@ class State:
     index: int  # its place among the model's layers
     order: Tensor | None = None  # [E] the expert at each place; None: stock's
     place: Tensor | None = None  # [E] the place of each expert
-    due: tuple[int, Tensor | None] | None = None  # after so many calls, this order
+    move: Background | None = None  # to another order, while the layer serves
     torn: bool = False  # experts were being moved when a rank failed
     shuffle: bool = True  # whether tokens go where a plan expects their experts, if attention is tensor-parallel
     counter: Counter | None = None
@@ -70,14 +81,11 @@ def answered(
     state: State = layer.forerun_state
     refuse_torn(layer)
     if torch.is_grad_enabled():
-        if state.order is not None or state.due is not None:
+        if state.order is not None or state.move is not None:
             raise RuntimeError("experts lie by a plan, for inference: use torch.no_grad(), or unspeculate(model)")
         return stock()
-    if state.due is not None:
-        calls, order = state.due
-        state.due = (calls - 1, order) if calls else None
-        if not calls:
-            lay(layer, order)
+    if state.move is not None:
+        state.move.step()
     return ours() if state.trial is None else state.trial.both(layer, ours, elsewhere, batch)
 
 
@@ -98,18 +106,56 @@ def lay(layer: Any, order: Tensor | None, most: int = MOVE_BYTES) -> int:
     """
     refuse_torn(layer)
     state: State = layer.forerun_state
+    if state.move is not None:
+        state.move.drop()  # it goes on from where experts lie then
     state.torn = True
     left = move(host.weights(layer), _order(layer, state.order), _order(layer, order), layer.ep_group, most)
     state.torn = False
-    device = host.weights(layer)[0][0].device
-    state.order = None if order is None else order.to(device)
-    state.place = None if state.order is None else state.order.argsort()
+    _note(layer, order)
     return left
+
+
+def lay_beside(layers: Sequence[Any], orders: Sequence[Tensor | None], done: Callable[[], None]) -> None:
+    """Begins to move layers' experts into orders while the layers go on; all ranks of their groups call it alike.
+
+    Args:
+        layers: Which; none is being moved.
+        orders: As of `lay`, of each.
+        done: Is called in the forward pass in which the last experts of a group's layers come to their places.
+    """
+    groups: dict[Any, list[tuple[Any, Tensor | None]]] = {}
+    for layer, order in zip(layers, orders, strict=True):
+        groups.setdefault(layer.ep_group, []).append((layer, order))
+    for group, entries in groups.items():
+
+        def end(entries: list[tuple[Any, Tensor | None]] = entries) -> None:
+            for layer, _ in entries:
+                layer.forerun_state.move = None
+            done()
+
+        move = Background([_movable(layer, order) for layer, order in entries], group, end)
+        for layer, _ in entries:
+            layer.forerun_state.move = move
+
+
+def stop_moving(layers: Sequence[Any]) -> None:
+    """Leaves the experts where they have come to; all ranks call it alike.
+
+    Raises:
+        RuntimeError: A rank is lost or failed.
+    """
+    for layer in layers:
+        if layer.forerun_state.move is not None:
+            layer.forerun_state.move.drop()
+            layer.forerun_state.move = None
 
 
 @contextmanager
 def lie_as_stock(module: nn.Module) -> Iterator[None]:
     """Within, the experts of a model's layers lie where stock has them; afterwards where they lay."""
+    for layer in speculated(module):
+        if layer.forerun_state.move is not None:
+            layer.forerun_state.move.drop()  # what has come may be of other weights than those that are loaded now
     moved = [(layer, layer.forerun_state.order) for layer in speculated(module)]
     moved = [(layer, order) for layer, order in moved if order is not None]
     for layer, _ in moved:
@@ -134,11 +180,31 @@ def refuse_torn(layer: Any) -> None:
     Raises:
         RuntimeError: It was so.
     """
-    if layer.forerun_state.torn:
+    state: State = layer.forerun_state
+    if state.torn or (state.move is not None and state.move.failed):
         raise RuntimeError(
-            f"{layer.forerun_state.name}: a rank failed while experts were moved, and they lie in part here, in part "
+            f"{state.name}: a rank failed while experts were moved, and they lie in part here, in part "
             "there: build the model again and load its weights"
         )
+
+
+def _movable(layer: Any, order: Tensor | None) -> Movable:
+    return Movable(
+        lambda: host.weights(layer),
+        lambda: _order(layer, layer.forerun_state.order),
+        _order(layer, order),
+        lambda order: _note(layer, order),
+    )
+
+
+def _note(layer: Any, order: Tensor | None) -> None:
+    """Experts lie in this order now."""
+    state: State = layer.forerun_state
+    if order is None or torch.equal(order.cpu(), _order(layer, None)):
+        state.order = state.place = None
+        return
+    state.order = order.to(host.weights(layer)[0][0].device)
+    state.place = state.order.argsort()
 
 
 def _order(layer: Any, order: Tensor | None) -> Tensor:
