@@ -17,7 +17,7 @@ export FORERUN_ROUTING_DATA ?= $(abspath $(ROUTING_DATA))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-oldest test-torchrec test-vllm test-sglang test-deepspeed soak demo wheel clean
+.PHONY: help setup lint types test test-oldest test-torchrec test-vllm test-sglang test-deepspeed soak soak-vllm soak-sglang demo wheel clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,14 +67,21 @@ test-sglang: setup ## The tests of what stands on SGLang, in its own environment
 		.venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
 	PYTHONPATH=$(SGLANG_SHIMS) $(SGLANG) .venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
 
-soak: setup ## The tests at full counts, which takes long: tests/results/soak*.txt
-	@$(MAKE) --no-print-directory test-deepspeed
+SOAK := --timeout 3600 --no-header -v --show-capture=no
+
+soak: setup ## The tests at full counts, hours: tests/results/soak-*.txt (SCHEME=moe for one, without the hosts' own)
 	@mkdir -p tests/results
-	set -o pipefail; $(BIN)/pytest -m soak --timeout 3600 --no-header -v --show-capture=no 2>&1 | tee tests/results/soak.txt
-	set -o pipefail; $(VLLM_OLDEST) $(BIN)/pytest --timeout 3600 --no-header -v --show-capture=no \
-		tests/runahead/test_vllm*.py 2>&1 | tee tests/results/soak-vllm.txt
-	set -o pipefail; PYTHONPATH=$(SGLANG_SHIMS) $(SGLANG) .venv-sglang/bin/pytest -m soak --timeout 3600 --no-header -v --show-capture=no \
-		tests/*/test_sglang*.py 2>&1 | tee tests/results/soak-sglang.txt
+	set -o pipefail; for scheme in $(or $(SCHEME),picard runahead moe dlrm); do \
+		$(BIN)/pytest -m soak $(SOAK) tests/$$scheme 2>&1 | tee tests/results/soak-$$scheme.txt || exit; \
+	done
+	$(if $(SCHEME),,@$(MAKE) --no-print-directory test-deepspeed soak-vllm soak-sglang)
+
+soak-vllm: setup
+	set -o pipefail; $(VLLM_OLDEST) $(BIN)/pytest $(SOAK) tests/runahead/test_vllm*.py 2>&1 | tee tests/results/soak-vllm.txt
+
+soak-sglang: setup
+	set -o pipefail; PYTHONPATH=$(SGLANG_SHIMS) $(SGLANG) .venv-sglang/bin/pytest -m soak $(SOAK) tests/*/test_sglang*.py 2>&1 \
+		| tee tests/results/soak-sglang.txt
 
 demo: setup ## Every drop-in beside its stock host: build/report/index.html (SCHEME=picard for one)
 	$(BIN)/forerun demo $(if $(SCHEME),--scheme $(SCHEME))
