@@ -19,7 +19,7 @@ def test_counted_bytes_are_the_formulas(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "moe.json").read_text())
     found = {one["way"]: one for one in result["parts"]["serving"]["measured"]}
-    assert set(found) == {"autoep", "classic", "exact", "dispatcher", "by load", "s-EG", "s-TS", "both"}
+    assert set(found) == {"autoep", "classic", "exact", "dispatcher", "by load", "s-EG", "s-TS", "both", "as turned on"}
     for one in found.values():
         assert one["row_bytes"] == one["row_bytes_formula"] > 0
         assert one["index_bytes"] < 0.1 * one["row_bytes"]
@@ -28,5 +28,7 @@ def test_counted_bytes_are_the_formulas(tmp_path):
     sent = {way: one["row_bytes"] for way, one in found.items()}
     assert sent["both"] < sent["s-EG"] < sent["dispatcher"] < sent["exact"] < sent["autoep"] < sent["classic"]
     assert all(one["collectives"] == 3 for one in found.values())
-    assert len(result["rows"]) == 6 * 2 * 3
+    assert found["as turned on"]["kept"] in ("ours", "stock")
+    assert found["as turned on"]["kept"] == "stock" or sent["as turned on"] == sent["both"]
+    assert len(result["rows"]) == 7 * 2 * 3
     assert (tmp_path / "moe-serving.png").stat().st_size > 5000
