@@ -68,7 +68,9 @@ def left_alone(rank, ranks, port):
     handover = join(rank, ranks, port)
     handover.begin((3, 3), 2, KIND)
     if rank == 0:
+        dist.recv(torch.empty(1), 1)  # it has joined and waits: this rank's store is gone with it
         os.kill(os.getpid(), signal.SIGKILL)
+    dist.send(torch.ones(1), 0)
     start = time.monotonic()
     with pytest.raises(RuntimeError):
         handover.exchange(*keys_of(rank, 0, 3, 0))
