@@ -1,5 +1,7 @@
 """Experts placed by real routing tables: locality, both loads, another text, and what balance costs.
 
+On another text a plan is tried as it is, and one made anew from a hundredth of that text's pairs on all the others.
+
 Peers: experts in their order (stock expert parallelism), and experts packed by load alone, as EPLB does without copies.
 All have the best homes found for their placement, tokens' load at most 1.1.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from forerun.moe.grouping import Grouping, contiguous, group
 from forerun.moe.homes import homes
 from forerun.moe.identity import Identity
 from forerun.moe.predict import calibration, fit
-from forerun.moe.profile import Profile
+from forerun.moe.profile import Paths, Profile, Table
 from forerun.moe.task import Limits, Rating, Task, nearness
 
 __all__ = ["curves", "draw", "measured", "rows"]
@@ -30,6 +33,7 @@ __all__ = ["curves", "draw", "measured", "rows"]
 LAYERS = (0, 7, 15)
 MODELS = {"olmoe-1b-7b": (64, 8), "mixtral-8x7b": (8, 2)}
 CASES = (("olmoe-1b-7b", 4), ("olmoe-1b-7b", 8), ("mixtral-8x7b", 4), ("mixtral-8x7b", 2))
+COUNTED = 0.01  # of another text's pairs, before a plan is made anew
 EXPERT_LIMITS = (1.02, 1.05, 1.1, 1.15, 1.25, 1.5, 2.0)
 
 
@@ -53,6 +57,7 @@ def measured(effort: int) -> list[dict[str, Any]]:
     found = []
     for model, ranks in track(CASES, description="placements"):
         wikipedia, book = tables(model, "wikipedia"), tables(model, "book")
+        counted, rest = _split(book, COUNTED)
         for place, layer in enumerate(LAYERS):
             table, other = wikipedia.table(place), book.table(place)
             task = Task(table.counts, nearness(ranks), wikipedia.identity.top_k)
@@ -62,8 +67,7 @@ def measured(effort: int) -> list[dict[str, Any]]:
             seconds = time.perf_counter() - start
             packed = np.empty(task.experts, np.int64)
             packed[balance(task.load, ranks, task.experts // ranks).expert] = np.arange(ranks)[:, None]
-            share = fit(table).shares(other.tokens) @ np.eye(ranks, dtype=np.float32)[ours.rank]
-            home, _ = homes(share.T * test.occurrences, test.occurrences, test.token_limit)
+            share, home = _expected(table, other, test, ours)
             seen = np.isin(other.tokens, table.tokens)
             local = other.counts[np.arange(len(home))[:, None], _members(ours, home)].sum(1)
             found.append(
@@ -78,6 +82,7 @@ def measured(effort: int) -> list[dict[str, Any]]:
                     "in order": _figures(task.rate(contiguous(task.experts, ranks))),
                     "by load": _figures(task.rate(packed)),
                     "book, predicted": _figures(test.rate_with(ours.rank, home)),
+                    "book, planned anew": _anew(counted.table(place), rest.table(place), task, effort),
                     "book, its own homes": _figures(test.rate(ours.rank)),
                     "book, in order": _figures(test.rate(contiguous(task.experts, ranks))),
                     "book, share of ids not seen": float(test.occurrences[~seen].sum() / test.occurrences.sum()),
@@ -139,6 +144,31 @@ def draw(placements: Sequence[dict[str, Any]], trade: Sequence[dict[str, Any]], 
     figure.suptitle("OLMoE-1B-7B on Wikipedia text, tokens' load at most 1.1", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def _split(profile: Profile, share: float) -> tuple[Profile, ...]:
+    """A profile of about that share of all pairs, drawn at random, and one of the others."""
+    drawn = np.random.default_rng(0).binomial(profile.counts, share)
+    none = Paths(*(part[:0] for part in profile.paths))
+    return tuple(
+        Profile(profile.identity, profile.keys[count > 0], count[count > 0], none)
+        for count in (drawn, profile.counts - drawn)
+    )
+
+
+def _anew(counted: Table, rest: Table, task: Task, effort: int) -> dict[str, float]:
+    """What a plan made from a few pairs of a text is worth on the others."""
+    ours = group(replace(task, counts=counted.counts), effort=effort)
+    test = replace(task, counts=rest.counts)
+    _, home = _expected(counted, rest, test, ours)
+    return _figures(test.rate_with(ours.rank, home))
+
+
+def _expected(table: Table, other: Table, test: Task, ours: Grouping) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """`[N, R]` the shares that one table expects of another's ids on each rank, and their homes `[N]`."""
+    share = fit(table).shares(other.tokens) @ np.eye(test.ranks, dtype=np.float32)[ours.rank]
+    home, _ = homes(share.T * test.occurrences, test.occurrences, test.token_limit)
+    return share, home
 
 
 def _members(found: Grouping, home: NDArray[np.int64]) -> NDArray[np.int64]:
