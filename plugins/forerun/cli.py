@@ -47,7 +47,8 @@ def _options(
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say which frameworks are here, what forerun can do for them, and how to get the rest.
 
-    The exit status is 1 if a framework that is installed is of a release that forerun does not support.
+    The exit status is 1 if a framework that is installed is of a release that forerun does not support, or if
+    FORERUN_SGLANG is set to what cannot be read.
     """
     checkup = checks.examine()
     if as_json:
