@@ -1,10 +1,11 @@
-"""Spread one layer's batches over gloo ranks, all sizes, both ways back: every token's answer and the bytes.
+"""Spread one layer's batches over gloo ranks, all sizes, both ways back: every token's answer, rows and bytes exact.
 
 Usage: spread_program.py STORE RANK RANKS
 """
 
 import datetime
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from forerun.moe.pieces import Pieces
 from forerun.moe.sglang_spread import Ranks, Spread
 
 EXPERTS, TOP_K, WIDTH = 8, 2, 16
+ROW = 4 * WIDTH  # bytes
 
 
 def main(store, rank, ranks):
@@ -35,30 +37,25 @@ def main(store, rank, ranks):
             shared = Ranks(None, rank, ranks, exact, apart, Foresight(None, range(ranks)), Pieces())
             spread = Spread(shared, 0, EXPERTS, place, Choice(None, 0.0))
             for count in (0, 1, 2, 5, 33):
-                check(spread, count + rank if apart else count, matrix, compute)
+                check(spread, count, matrix, compute)
     dist.destroy_process_group()
 
 
 def check(spread, count, matrix, compute):
     shared = spread.ranks
-    draw = torch.Generator().manual_seed(count + 100 * shared.rank * shared.apart)
-    part, residual = torch.randn(2, count, WIDTH, generator=draw)
-    everywhere = torch.tensor([count])
-    if shared.apart:
-        dist.all_reduce(everywhere)
-    before = spread.counted.bytes
+    batches = [drawn(count + rank * shared.apart, rank * shared.apart) for rank in range(shared.size)]
+    part, residual, expert, weight = batches[shared.rank]
+    count = len(part)
+    everywhere = sum(len(batch[0]) for batch in batches) if shared.apart else count
+    before = replace(spread.counted)
     spread.chosen = True
-    if not spread.begin(count, int(everywhere), WIDTH * 4):
-        assert int(everywhere) == 0
+    if not spread.begin(count, everywhere, ROW):
+        assert everywhere == 0
         return
     mine, kept = spread.scatter(part, residual)
-    expert = torch.stack([torch.randperm(EXPERTS, generator=draw)[:TOP_K] for _ in range(count)] or [torch.empty(0)])
-    expert = expert.long().view(count, TOP_K)
-    weight = torch.rand(count, TOP_K, generator=draw)
-    expert[:: max(count // 3, 1), 0] = -1  # as padding has it
     at = slice(0, count)
+    sizes = [count // shared.size + (rank < count % shared.size) for rank in range(shared.size)]
     if not shared.apart:
-        sizes = [count // shared.size + (rank < count % shared.size) for rank in range(shared.size)]
         at = slice(sum(sizes[: shared.rank]), sum(sizes[: shared.rank + 1]))
         assert torch.allclose(mine, shared.size * part[at], atol=1e-5)  # every rank has the same part here
     output = spread.answer(mine, weight[at], expert[at], compute)
@@ -69,8 +66,45 @@ def check(spread, count, matrix, compute):
     if not shared.apart:
         assert torch.allclose(spread.gather(output, kept), plain + residual, atol=1e-4)
     spread.end()
-    assert spread.counted.bytes - before >= 8 * (shared.size - 1)
+    rows, moved = sent(spread, [batch[2] for batch in batches] if shared.apart else expert.split(sizes))
+    if not shared.apart:
+        moved += (count - len(mine)) * ROW  # half of the sum
+        moved += (shared.size - 1) * max(sizes) * ROW  # all tokens again
+    counted = spread.counted
+    assert counted.tokens - before.tokens == everywhere
+    assert (counted.rows - before.rows, counted.bytes - before.bytes) == (rows, moved), (count, shared)
     assert not spread.under_way
+
+
+def drawn(count, seed):
+    """A batch: `[n, H]` its part, `[n, H]` its residual, `[n, k]` its experts, below 0 for none, and their weights."""
+    draw = torch.Generator().manual_seed(count + 100 * seed)
+    part, residual = torch.randn(2, count, WIDTH, generator=draw)
+    expert = torch.stack([torch.randperm(EXPERTS, generator=draw)[:TOP_K] for _ in range(count)] or [torch.empty(0)])
+    expert = expert.long().view(count, TOP_K)
+    weight = torch.rand(count, TOP_K, generator=draw)
+    expert[:: max(count // 3, 1), 0] = -1  # as padding has it
+    return part, residual, expert, weight
+
+
+def sent(spread, experts):
+    """Rows and bytes that this rank sends to experts elsewhere, and back to tokens elsewhere.
+
+    Args:
+        experts: `[n, k]` of each rank's tokens.
+    """
+    me, each = spread.ranks.rank, EXPERTS // spread.ranks.size
+    pairs, rows = torch.zeros(2, spread.ranks.size, spread.ranks.size, dtype=torch.long)  # of each rank's at each rank
+    for rank, chosen in enumerate(experts):
+        for token in chosen:
+            at = torch.bincount(spread.place[token[token >= 0]] // each, minlength=spread.ranks.size)
+            pairs[rank] += at
+            rows[rank] += at > 0
+    leaving = int(rows[me].sum() - rows[me, me])
+    back = pairs if spread.ranks.exact else rows
+    answered = int(back[:, me].sum() - back[me, me])
+    use = each if spread.ranks.exact else 4 * each  # bytes that say what a row is for, up to a multiple of 8
+    return leaving, 8 * (spread.ranks.size - 1) + leaving * (ROW + -(-use // 8) * 8) + answered * ROW
 
 
 if __name__ == "__main__":
