@@ -30,13 +30,13 @@ class Hook:
     Args:
         target: Dotted name of a function or method, as `sglang.srt.managers.scheduler.Scheduler.get_internal_state`.
         function: Called as its kind says.
-        kind: `before(*args, **kwargs)` may return other arguments, `after(result, *args, **kwargs)` another result;
-            `around(original, *args, **kwargs)` and `replace(*args, **kwargs)` are called in the target's place.
+        kind: `around(original, *args, **kwargs)` is called in the target's place; `after(result, *args, **kwargs)` may
+            return another result.
     """
 
     target: str
     function: Callable[..., Any]
-    kind: Literal["before", "after", "around", "replace"] = "around"
+    kind: Literal["after", "around"] = "around"
 
 
 def put(hooks: Sequence[Hook]) -> None:
@@ -72,7 +72,7 @@ def _is_in_place(hook: Hook) -> bool:
         found: Any = pkgutil.resolve_name(hook.target)
     except (ImportError, AttributeError):
         return False
-    return hook.kind == "replace" or hasattr(found, "__wrapped__")
+    return hasattr(found, "__wrapped__")
 
 
 def _check_once_applied(hooks: Sequence[Hook]) -> None:

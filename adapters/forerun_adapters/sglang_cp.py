@@ -95,11 +95,6 @@ def is_prefill(batch: Any) -> bool:
     return bool(batch.forward_mode.is_context_parallel_extend())
 
 
-def rank() -> int:
-    """This process' rank among those that share a prompt. Outside of `on_one_rank` only."""
-    return int(get_parallel().attn_cp_rank)
-
-
 def groups(count: int, timeout: float) -> list[Any]:
     """New process groups of the ranks that share a prompt; each of them calls this.
 
