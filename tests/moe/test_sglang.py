@@ -20,6 +20,7 @@ from sglang_models import continued, load, make_model, prompts
 from sglang_plans import plan_of, sent
 from sglang_servers import Server
 
+from forerun.moe.choice import Rates
 from forerun.moe.requests import Arrivals
 from forerun.moe.sglang_location import location
 from forerun.moe.sglang_profile import profile_dumps
@@ -162,12 +163,13 @@ def test_mixtral_is_served_or_refused(tmp_path):
         ("Mixtral", 2, False, {"choose": False, "exact": True}, {}),
         ("Qwen3Moe", 2, True, {"choose": False, "exact": True}, {"disable_radix_cache": True}),
         ("Qwen3Moe", 2, True, {}, {}),
+        ("Qwen3Moe", 2, True, {}, {"environment": {"FORERUN_CPU_SLOW_SUMS": "1"}}),
         ("Qwen3Moe", 4, True, {"choose": False}, {}),
         ("Qwen3Moe", 2, True, {"choose": False}, {"dp": 2, "enable_dp_attention": True}),
         ("Qwen3Moe", 2, True, {"choose": False, "exact": True}, {"dp": 2, "enable_dp_attention": True}),
         ("Qwen2Moe", 2, True, {"choose": False, "exact": True}, {}),
         ("Qwen2Moe", 2, True, {"choose": False}, {"dp": 2, "enable_dp_attention": True}),
-        ("Qwen2Moe", 2, True, {}, {}),
+        ("Qwen2Moe", 2, True, {}, {"environment": {"FORERUN_CPU_SLOW_SUMS": "1"}}),
         ("DeepseekV2", 2, True, {"choose": False}, {}),
         ("DeepseekV2", 2, True, {"choose": False, "exact": True}, {}),
         # A dense layer that is tensor-parallel under data-parallel attention sums by NCCL alone.
@@ -180,12 +182,32 @@ def test_other_models_ranks_and_modes(family, ranks, placed, section, flags, tmp
         case.server.ready(400)
         asked = prompts(MIXED)
         assert at_once(case.server, asked, 64) == case.expected(asked, 64)
+        chooses = section.get("choose", True)
         for layer in case.layers():
-            assert layer["ours"] > 0 or section.get("choose", True)
-            assert layer["stock"] == 0 or section.get("choose", True)
+            assert (layer["ours"] > 0 and layer["stock"] == 0) or chooses
+        if chooses:
+            assert_tried_where_a_gain_is_expected(case, for_certain="environment" in flags)
     finally:
         case.server.close()
     assert case.server.members() == []
+
+
+def assert_tried_where_a_gain_is_expected(case, *, for_certain):
+    """Two batches of a size that was not there before: the first is spread if a gain is expected, the second is not.
+
+    Args:
+        for_certain: Whether every layer expects one.
+    """
+    for first in (True, False):
+        (state,) = case.server.info()
+        told = state["speculative_moe"]
+        (prompt,) = prompts([400], seed=5 + first)
+        assert case.server.generate(prompt, 1) == case.expected([prompt], 1)[0]
+        for before, after in zip(told["layers"], case.layers(), strict=True):
+            expects = Rates(**told["rates"]).gains(400, 400 * told["expected_rows"][str(before["layer"])])
+            assert expects or not for_certain
+            ways = (after["ours"] - before["ours"], after["stock"] - before["stock"])
+            assert ways == ((1, 0) if first and expects else (0, 1))
 
 
 @pytest.mark.soak

@@ -8,6 +8,8 @@
 - `torch.cpu.empty_cache` and `is_current_stream_capturing`, which moving experts and recording ask for.
 - The value that the native attention backend fills the lengths of padding with.
 - Context-parallel strategies under the native attention backend, for benchmarks that set FORERUN_CPU_STRATEGIES.
+- A link so slow that spread tokens are expected to gain, for tests that set FORERUN_CPU_SLOW_SUMS: as if stock's sums
+  took a second.
 - `torch.cuda.current_stream`, which a prefill under context parallelism asks for on any device.
 
 Remove each when SGLang runs expert and context parallelism on any CPU.
@@ -16,6 +18,7 @@ Remove each when SGLang runs expert and context parallelism on any CPU.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 __all__ = ["register"]
@@ -40,6 +43,11 @@ def register() -> None:
     if os.environ.get("FORERUN_CPU_STRATEGIES"):
         target = f"{TorchNativeAttnBackend.__module__}.TorchNativeAttnBackend.forward_extend"
         HookRegistry.register(target, _extend, HookType.AROUND)
+    if os.environ.get("FORERUN_CPU_SLOW_SUMS"):
+        from forerun.moe import choice
+
+        measure = choice.measure
+        choice.measure = lambda *given, **named: replace(measure(*given, **named), summed=(1.0, 0.0))
     if not torch.cuda.is_available():
         torch.cuda.current_stream = lambda device=None: None
 
