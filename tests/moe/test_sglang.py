@@ -269,27 +269,38 @@ def whole_dump(folder, rank, seconds=60):
             return path
 
 
+def recording(records):
+    """Flags of a server that records where tokens go."""
+    told = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(records)}
+    flags = {"expert_distribution_recorder_mode": "per_token", "chunked_prefill_size": 256}
+    return {**flags, "disable_radix_cache": True, "environment": told}
+
+
+def assert_recorded_as_transformers_routes(server, records, folder):
+    """Has a server record some requests; each rank's file, of which the first one has transformers' routing."""
+    asked = prompts([40, 7, 23])
+    server.call("/start_expert_distribution_record", {})
+    answers = server.generate(asked, 8)
+    server.call("/stop_expert_distribution_record", {})
+    server.call("/dump_expert_distribution_record", {})
+    dumps = [whole_dump(records, rank) for rank in range(2)]  # each rank writes when it comes to it
+    found = profile_dumps(dumps[:1], folder)
+    whole = [torch.tensor(prompt + answer[:-1]) for prompt, answer in zip(asked, answers, strict=True)]
+    expected = profile_model(load(folder), whole)
+    assert found.identity == expected.identity
+    assert (found.keys.tolist(), found.counts.tolist()) == (expected.keys.tolist(), expected.counts.tolist())
+    return dumps
+
+
 @pytest.mark.soak
 def test_a_profile_of_what_sglang_recorded_is_transformers(tmp_path):
     records = tmp_path / "records"
-    flags = {"expert_distribution_recorder_mode": "per_token", "chunked_prefill_size": 256}
-    told = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(records)}
-    case = Case(tmp_path, "Qwen3Moe", config=None, disable_radix_cache=True, environment=told, **flags)
+    case = Case(tmp_path, "Qwen3Moe", config=None, **recording(records))
     try:
         case.server.ready(400)
-        asked = prompts([40, 7, 23])
-        case.server.call("/start_expert_distribution_record", {})
-        answers = case.server.generate(asked, 8)
-        case.server.call("/stop_expert_distribution_record", {})
-        case.server.call("/dump_expert_distribution_record", {})
-        first, second = whole_dump(records, 0), whole_dump(records, 1)  # each rank writes when it comes to it
+        _, second = assert_recorded_as_transformers_routes(case.server, records, case.path)
     finally:
         case.server.close()
-    found = profile_dumps([first], case.path)
-    whole = [torch.tensor(prompt + answer[:-1]) for prompt, answer in zip(asked, answers, strict=True)]
-    expected = profile_model(case.model, whole)
-    assert found.identity == expected.identity
-    assert (found.keys.tolist(), found.counts.tolist()) == (expected.keys.tolist(), expected.counts.tolist())
     with pytest.raises(ValueError, match="is rank 1's; expected rank 0's"):
         profile_dumps([second], case.path)
 
@@ -317,12 +328,16 @@ def test_a_placement_by_sglangs_own_option_is_exact(tmp_path):
     assert (plan.order != sorted(plan.order[0].tolist())).any()
     placement = tmp_path / "placement.json"
     placement.write_text(json.dumps(location(plan)))
-    flags = {"init_expert_location": placement, "ep_dispatch_algorithm": "dynamic"}
+    records = tmp_path / "records"
+    flags = {"init_expert_location": placement, "ep_dispatch_algorithm": "dynamic", **recording(records)}
     server = Server(model, tmp_path / "log", tp=2, ep=2, **flags)
     try:
         server.ready(400)
         asked = prompts(MIXED)
         assert at_once(server, asked, 64) == [continued(load(model), prompt, 64) for prompt in asked]
+        for dump in assert_recorded_as_transformers_routes(server, records, model):
+            lies = torch.load(dump, weights_only=True)["last_physical_to_logical_map"]
+            assert lies.tolist() == location(plan)["physical_to_logical_map"]
     finally:
         server.close()
 
