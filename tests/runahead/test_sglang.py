@@ -3,6 +3,7 @@
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,12 @@ def expected(*lengths):
     back = returned(totals, KV_BYTES * LAYERS)
     assert sum(hops(totals, KV_BYTES * LAYERS) + back) == all_gather(sum(totals), 2, KV_BYTES * LAYERS)
     return {"sent": hops(totals, KV_BYTES * LAYERS)[0], "received": 0, "returned": 0, "completed": back[1], "passes": 1}
+
+
+def test_the_release_is_told(ours):
+    release = metadata.version("sglang")
+    assert moved(ours)["sglang"] == release
+    assert f"KV-Runahead: rank 0 of 2, sglang {release}, " in ours.told(1 << 20)
 
 
 def test_eight_at_once_as_stock_and_transformers(ours, stock, reference):

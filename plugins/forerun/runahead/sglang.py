@@ -36,7 +36,7 @@ from forerun.runahead.lowest import attend_last
 from forerun.runahead.settings import Settings, read
 from forerun.runahead.shares import Chooser, split_pass
 from forerun_adapters import sglang_cp as host
-from forerun_adapters.sglang import Hook
+from forerun_adapters.sglang import RELEASE, Hook
 
 __all__ = ["RunaheadStrategy", "hooks"]
 
@@ -126,7 +126,7 @@ class RunaheadStrategy(host.Strategy):  # type: ignore[misc]
         model = runner.model_config
         chooser = self._settings.chooser(self.cp_size, model.hf_config.to_dict(), runner.device, model.dtype, chain)
         self._joined = _Joined(runner, handover, chooser)
-        _logger.info("KV-Runahead: rank %d of %d, %s", handover.rank, self.cp_size, chooser)
+        _logger.info("KV-Runahead: rank %d of %d, sglang %s, %s", handover.rank, self.cp_size, RELEASE, chooser)
 
     def settle(self) -> None:
         """Writes what came since the last pass into the cache; waits for the rest of it."""
@@ -141,9 +141,15 @@ class RunaheadStrategy(host.Strategy):  # type: ignore[misc]
             self._own.handover.give_back()
 
     def state(self) -> dict[str, Any]:
-        """What this rank has moved, in bytes, and the rows of each rank in the last pass that was split."""
+        """SGLang's release; what this rank has moved, in bytes; each rank's rows in the last pass that was split."""
         handover = self._own.handover
-        return {"rank": handover.rank, "ranks": handover.size, **asdict(handover.moved), "rows": list(handover.rows)}
+        return {
+            "sglang": str(RELEASE),
+            "rank": handover.rank,
+            "ranks": handover.size,
+            **asdict(handover.moved),
+            "rows": list(handover.rows),
+        }
 
     def can_apply(self, num_tokens: int, forward_batch: Any) -> bool:
         """Whether the pass is split."""
