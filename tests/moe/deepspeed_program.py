@@ -68,16 +68,18 @@ def planned(model, ranks):
     return make_plan(merge(*(profile_model(model, text, seed=seed) for seed, text in enumerate(texts))), ranks)
 
 
+def asked(rank):
+    """`[B, S]` another number of prompts, of another length, on each rank."""
+    return torch.randint(0, 128, (1 + rank % 3, 6 + 3 * rank), generator=torch.Generator().manual_seed(rank))
+
+
 @torch.no_grad()
 def answers(model, module, ids):
+    """Logits, and 32 tokens greedily: as many forward passes on every rank, whatever its batch; none ends sooner."""
     said = module.generate(
-        ids[:, :5],
-        attention_mask=torch.ones_like(ids[:, :5]),
-        pad_token_id=0,
-        max_new_tokens=32,
-        min_new_tokens=32,
-        do_sample=False,
+        ids, attention_mask=torch.ones_like(ids), pad_token_id=0, max_new_tokens=32, min_new_tokens=32, do_sample=False
     )
+    assert said.shape == (len(ids), ids.shape[1] + 32)
     return model(ids).logits, said
 
 
@@ -128,15 +130,19 @@ def run(family, dtype, way, rank, ranks, store):
     model = expert_parallel(bare, family, way, ranks)
     module = getattr(model, "module", model)
     before = weights(module)
-    ids = torch.randint(0, 128, (2, 9 + 3 * rank), generator=torch.Generator().manual_seed(rank))  # unequal
-    with counted(module) as rows:
+    ids = asked(rank)
+    with routed(module) as chosen:
         stock, said = answers(model, module, ids)
+    assert [len(calls) for calls in chosen] == [33] * len(host.layers(module))
+    rows = stock_rows(module, chosen)
     stock_by_layer, sent = by_layer(module), {}
     for exact in (True, False):
         for applied in (None, plan):
             speculate(model, applied, exact=exact)
             if exact:
-                logits, tokens = answers(model, module, ids)
+                with routed(module) as again:
+                    logits, tokens = answers(model, module, ids)
+                assert_same_experts(again, chosen)
                 assert torch.equal(logits, stock), f"plan {applied is not None}: {(logits - stock).abs().max()}"
                 assert torch.equal(tokens, said)
                 sent[applied is not None] = sent_rows(model)
@@ -167,7 +173,7 @@ def run(family, dtype, way, rank, ranks, store):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, stock)
     refused(model, module, plan, before)
-    print("rows", family, sent[False], sent[True], sum(rows), flush=True)
+    print("rows", family, sent[False], sent[True], rows, flush=True)
 
 
 @torch.no_grad()
@@ -208,18 +214,30 @@ def refused(model, module, plan, before):
 
 
 @contextlib.contextmanager
-def counted(module):
-    """Within, the rows that stock AutoEP sends off this rank: one per (token, expert) whose expert is elsewhere."""
-    rows = []
-    layers, here = [layer for _, _, layer in host.layers(module)], dist.get_rank()
-
-    def count(_router, _inputs, output):
-        rows.append(int((output[1] // layers[0].num_local_experts != here).sum()))
-
-    hooks = [layer.router.register_forward_hook(count) for layer in layers]
-    yield rows
+def routed(module):
+    """Within, the experts `[n, k]` that each layer's router chooses, call by call."""
+    chosen, hooks = [], []
+    for _, _, layer in host.layers(module):
+        calls = []
+        hooks.append(
+            layer.router.register_forward_hook(lambda _router, _given, told, calls=calls: calls.append(told[1].clone()))
+        )
+        chosen.append(calls)
+    yield chosen
     for hook in hooks:
         hook.remove()
+
+
+def assert_same_experts(again, chosen):
+    """Every token's, in every layer and call, in the same order."""
+    for calls, before in zip(again, chosen, strict=True):
+        assert all(torch.equal(*both) for both in zip(calls, before, strict=True))
+
+
+def stock_rows(module, chosen):
+    """Rows that stock AutoEP sends off this rank: one per (token, expert) whose expert is elsewhere."""
+    each, here = host.layers(module)[0].layer.num_local_experts, dist.get_rank()
+    return sum(int((experts // each != here).sum()) for calls in chosen for experts in calls)
 
 
 if __name__ == "__main__":
