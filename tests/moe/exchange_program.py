@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from forerun.moe.dispatch import rows as counted
-from forerun.moe.exchange import dispatch, return_pairs, return_sums
+from forerun.moe.exchange import dispatch, return_pairs
 from forerun.moe.foresight import even
 from forerun.moe.overlap import Pace, summed
 from forerun.moe.pieces import PIECE_BYTES, Pieces
@@ -76,7 +76,6 @@ def run(case, rank, ranks, dtype):
         for name, pace in (("together", Pace()), ("overlapped", Always()))
     }
     returned = sum(arrived.got_rows) - arrived.got_rows[rank]
-    paced["apart"] = return_sums(arrived, computed, top.flatten()[pair]), arrived.leaving(rank), returned
     plain = torch.stack([row_by_row(hidden, matrix) for matrix in matrices], 1)  # [n, E, H]
     plain = plain.gather(1, chosen[..., None].expand(-1, -1, WIDTH))
     expected = (plain * top[..., None]).sum(1).to(dtype)

@@ -25,11 +25,6 @@ class Balance(NamedTuple):
     expert: NDArray[np.int64]  # [R, places] which expert's copy lies there
     load: NDArray[np.float64]  # [R]
 
-    @property
-    def over_mean(self) -> float:
-        """The fullest rank's load over the mean."""
-        return float(self.load.max() / self.load.mean())
-
 
 def balance(load: ArrayLike, ranks: int, places: int, seed: int = 0) -> Balance:
     """Copies and their places, the fullest rank as empty as was found.

@@ -6,8 +6,8 @@ the way back. Two ways back:
 
 - `return_pairs`: a row per (token, expert), in the order of the pairs, so that a host sums them by its own expression,
   bit for bit as if it had sent a row per pair.
-- `return_sums`: a row per (token, rank), weighted and summed there in float32; fewer bytes, another order of additions.
-  `overlap.summed` is the whole way there and back, weights travelling with the rows.
+- `overlap.summed`, the whole way there and back: a row per (token, rank), summed there in float32 by weights that
+  travel with the rows; fewer bytes, another order of additions.
 
 Every rank of the group calls each function, whatever it has to send: nothing is also a batch. For inference: nothing
 here has a gradient.
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Arrived", "Group", "Sending", "dispatch", "exchanged", "return_pairs", "return_sums", "row_bytes", "send"]
+__all__ = ["Arrived", "Group", "Sending", "dispatch", "exchanged", "return_pairs", "row_bytes", "send"]
 
 Group = dist.ProcessGroup | None
 _ALIGN = 8  # bytes: rows of any dtype can be looked at as such
@@ -40,7 +40,6 @@ class Arrived:
         sent_rows: Rows sent to each rank.
         got_rows: Rows from each rank.
         token: `[sum(sent_rows)]` the token of each row that was sent.
-        tokens: How many tokens this rank has.
         group: Of the exchange.
     """
 
@@ -50,7 +49,6 @@ class Arrived:
     sent_rows: list[int]
     got_rows: list[int]
     token: Tensor
-    tokens: int
     group: Group
 
     @cached_property
@@ -130,7 +128,7 @@ def send(
     handle = dist.all_to_all_single(got.bytes, packed.bytes, got_rows, sent_rows, group=group, async_op=True)
     here = dist.get_rank(group)
     local = slice(sum(sent_rows[:here]), sum(sent_rows[: here + 1]))
-    arriving = Arrived(got.rows, got.use, sent_pairs, sent_rows, got_rows, row_token, tokens, group)
+    arriving = Arrived(got.rows, got.use, sent_pairs, sent_rows, got_rows, row_token, group)
     return Sending(packed.rows[local], packed.use[local], arriving, handle)
 
 
@@ -148,23 +146,6 @@ def return_pairs(arrived: Arrived, computed: Tensor) -> Tensor:
     """
     got_pairs, sent_pairs = torch.stack((arrived.pairs.sum(1), arrived.sent_pairs)).tolist()
     return exchanged(computed, got_pairs, sent_pairs, arrived.group)
-
-
-def return_sums(arrived: Arrived, computed: Tensor, weight: Tensor) -> Tensor:
-    """`[n, H]` each token's weighted sum over its pairs; how far it may be off is said of `overlap.summed`.
-
-    Args:
-        arrived: Of `dispatch`.
-        computed: `[p', H]` a row for each pair that arrived, in their order.
-        weight: `[p]` of each pair, in the order in which they were dispatched.
-    """
-    got_pairs, sent_pairs = torch.stack((arrived.pairs.sum(1), arrived.sent_pairs)).tolist()
-    scale = exchanged(weight.float(), sent_pairs, got_pairs, arrived.group)
-    part = torch.zeros(arrived.rows.shape, dtype=torch.float32, device=computed.device)
-    part.index_add_(0, arrived.row, computed.float() * scale[:, None])
-    back = exchanged(part.to(computed.dtype), arrived.got_rows, arrived.sent_rows, arrived.group)
-    total = torch.zeros(arrived.tokens, computed.shape[1], dtype=torch.float32, device=computed.device)
-    return total.index_add_(0, arrived.token, back.float()).to(computed.dtype)
 
 
 def exchanged(rows: Tensor, sent: list[int], got: list[int], group: Group) -> Tensor:
