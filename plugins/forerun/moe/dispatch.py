@@ -78,7 +78,7 @@ def volume_classic(ranks: int, top_k: int, capacity_factor: float = 1.0) -> floa
     """Volume of a rank and layer, in n h elements: DeepSpeed's classic layer under tensor parallelism.
 
     An all-reduce, two all-to-alls of the capacity, and the all-gather of the capacity. Bytes: times n h and an
-    element's.
+    element's. The paper's formula, to compare counts with: no plan and no layer computes by it.
     """
     share = (ranks - 1) / ranks
     return 2 * share + 2 * top_k * capacity_factor * share / ranks + top_k * capacity_factor * share
@@ -87,6 +87,7 @@ def volume_classic(ranks: int, top_k: int, capacity_factor: float = 1.0) -> floa
 def volume_shuffled(ranks: int, top_k: int, alpha: float) -> float:
     """The same with shuffled tokens: reduce-scatter and all-gather, and only what leaves its rank, one row a pair.
 
-    An upper bound for deduplicated rows.
+    An upper bound for deduplicated rows. The paper's formula, too: tests find its second term to be exactly what `rows`
+    counts, a row a pair.
     """
     return 2 * (ranks - 1) / ranks + 2 * alpha * top_k / ranks
