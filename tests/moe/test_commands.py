@@ -1,14 +1,18 @@
 """`forerun moe profile | plan | show`, from text files to a picture."""
 
+import dataclasses
+import io
 import json
 
 import pytest
+from rich.console import Console
 from tables import random_profile
 from typer.testing import CliRunner
 
 from forerun import cli
 from forerun.moe.plan import Plan
 from forerun.moe.profile import Profile
+from forerun.moe.report import as_table
 
 
 @pytest.fixture
@@ -37,6 +41,13 @@ def profile(tmp_path):
     path = tmp_path / "profile.safetensors"
     random_profile(tokens=1500)[0].save(path)
     return path
+
+
+def shown(table):
+    """As on a wide terminal."""
+    screen = io.StringIO()
+    Console(file=screen, width=400).print(table)
+    return screen.getvalue()
 
 
 def assert_one_line_error(result, *told):
@@ -82,6 +93,27 @@ def test_a_placement_for_sglangs_own_option(run, profile, tmp_path):
             ] * each + [3] * each
         else:
             assert row == sorted(row)
+
+
+def test_bytes_are_of_rows_there_and_back(run, profile, tmp_path):
+    plan = tmp_path / "plan.safetensors"
+    assert run("plan", profile, "--ranks", 4, "--out", plan, "--effort", 1).exit_code == 0
+    bare = json.loads(run("show", plan, "--json").stdout)["layers"]
+    told = json.loads(run("show", plan, "--json", "--row-bytes", 4096 * 2).stdout)["layers"]
+    for layer, before in zip(told, bare, strict=True):
+        assert layer.pop("bytes") == pytest.approx(2 * before["sent"] * 8192)
+        assert layer.pop("contiguous_bytes") == pytest.approx(2 * before["contiguous_sent"] * 8192)
+        assert layer == before
+    made = Plan.load(plan)
+    assert "bytes" not in shown(as_table(made))
+    ours, stock = (2 * rows * 8192 for rows in (made.layers[0].sent, made.layers[0].contiguous_sent))
+    assert 0 < ours < stock
+    assert f"{ours:,.0f} ({stock:,.0f})" in shown(as_table(made, 8192))
+    unknown = [dataclasses.replace(report, sent=None, contiguous_sent=None) for report in made.layers]
+    assert shown(as_table(dataclasses.replace(made, layers=tuple(unknown)), 8192)).count("- (-)") == 2 * len(unknown)
+    assert run("show", plan, "--row-bytes", 8192).exit_code == 0
+    for arguments in ((), ("--json",)):
+        assert_one_line_error(run("show", plan, "--row-bytes", 0, *arguments), "row_bytes is 0; expected the bytes of")
 
 
 def test_profiles_are_merged_and_hosts_heard(run, profile, tmp_path):

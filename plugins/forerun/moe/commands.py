@@ -133,6 +133,10 @@ def show(
     sglang: Annotated[
         Path | None, typer.Option(help="Its placement too, as a file of SGLang's --init-expert-location (JSON).")
     ] = None,
+    row_bytes: Annotated[
+        int | None,
+        typer.Option(help="Bytes of a token's hidden state, such as 4096 x 2: then bytes a token sends, too."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a plan: local activation rate, ranks a token reaches, rows sent, loads, prediction, layer by layer."""
@@ -143,14 +147,18 @@ def show(
         from rich.console import Console
 
         from forerun.moe.plan import Plan
-        from forerun.moe.report import as_table, draw
+        from forerun.moe.report import as_table, draw, moved_bytes
 
         found = Plan.load(path)
         if as_json:
+            layers = [asdict(report) for report in found.layers]
+            if row_bytes is not None:
+                for layer, report in zip(layers, found.layers, strict=True):
+                    layer["bytes"], layer["contiguous_bytes"] = moved_bytes(report, row_bytes)
             told = {"identity": found.identity.as_json(), "ranks": found.ranks}
-            typer.echo(json.dumps({**told, "layers": [asdict(report) for report in found.layers]}, indent=2))
+            typer.echo(json.dumps({**told, "layers": layers}, indent=2))
         else:
-            Console().print(as_table(found))
+            Console().print(as_table(found, row_bytes))
         if picture is not None:
             draw(found, picture)
             typer.echo(f"picture: {picture}", err=as_json)

@@ -6,13 +6,39 @@ from pathlib import Path
 
 from rich.table import Table
 
-from forerun.moe.plan import Plan
+from forerun.moe.plan import LayerReport, Plan
 
-__all__ = ["as_table", "draw"]
+__all__ = ["as_table", "draw", "moved_bytes"]
 
 
-def as_table(plan: Plan) -> Table:
-    """A row per layer: ours beside experts in their order ("stock")."""
+def moved_bytes(report: LayerReport, row_bytes: int) -> tuple[float | None, float | None]:
+    """Bytes of hidden states that a token sends in a layer and gets back, by the plan and in stock; None: no paths.
+
+    Each row that is sent comes back as one: by the plan a sum per rank (`exact=False`), in stock one per pair.
+
+    Args:
+        report: Of the layer.
+        row_bytes: Bytes of a token's hidden state.
+
+    Raises:
+        ValueError: `row_bytes` is not 1 or more.
+    """
+    if row_bytes < 1:
+        raise ValueError(f"row_bytes is {row_bytes}; expected the bytes of a token's hidden state, 1 or more")
+    ours, stock = (None if rows is None else 2 * rows * row_bytes for rows in (report.sent, report.contiguous_sent))
+    return ours, stock
+
+
+def as_table(plan: Plan, row_bytes: int | None = None) -> Table:
+    """A row per layer: ours beside experts in their order ("stock").
+
+    Args:
+        plan: The plan.
+        row_bytes: Bytes of a token's hidden state: `moved_bytes` are shown, too; None: they are not.
+
+    Raises:
+        ValueError: `row_bytes` is not 1 or more.
+    """
     table = Table(title=f"{plan.identity} on {plan.ranks} ranks")
     for heading in (
         "layer",
@@ -24,6 +50,7 @@ def as_table(plan: Plan) -> Table:
         "experts' load (stock)",
         "tokens' load",
         "look-back",
+        *(() if row_bytes is None else ("bytes there and back a token (stock)",)),
     ):
         table.add_column(heading, justify="right")
     for report in plan.layers:
@@ -37,11 +64,15 @@ def as_table(plan: Plan) -> Table:
             f"{report.experts:.2f} ({report.contiguous_experts:.2f})",
             f"{report.tokens:.2f}",
             f"{report.lookback:.1f}",
+            *(() if row_bytes is None else ("{} ({})".format(*map(_bytes, moved_bytes(report, row_bytes))),)),
         )
-    table.caption = (
+    caption = (
         "local: share of a token's experts on its rank, by its id's counts; in batches: tokens shuffled by prediction, "
         f"{1 / plan.ranks:.3f} by chance; loads: max/mean over the ranks; -: the profile has no paths"
     )
+    if row_bytes is not None:
+        caption += f"; bytes: rows of {row_bytes}, as many back as were sent (exact=False)"
+    table.caption = caption
     return table
 
 
@@ -85,3 +116,7 @@ def draw(plan: Plan, path: str | Path) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _bytes(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
