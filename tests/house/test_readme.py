@@ -138,8 +138,9 @@ def moe_placement_table() -> list[str]:
         local = [f"{row[name]['local']:.3f}" for name in ("in order", "by load")]
         ours = f"**{row['ours']['local']:.3f}**" + (" (best)" if row["exact"] else "")
         loads = f"{row['ours']['experts']:.2f} / {row['in order']['experts']:.2f}"
-        book = f"{row['book, predicted']['local']:.3f} / {row['book, in order']['local']:.3f}"
-        cells = [f"{row['model']}, {row['ranks']} ranks, layer {row['layer']}", *local, ours, loads, book]
+        book = [row[f"book, {way}"]["local"] for way in ("predicted", "planned anew", "in order")]
+        others = " / ".join(f"{share:.3f}" for share in book)
+        cells = [f"{row['model']}, {row['ranks']} ranks, layer {row['layer']}", *local, ours, loads, others]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
@@ -297,7 +298,8 @@ def runahead_sglang() -> list[str]:
         for tokens in sorted({tokens for _, tokens in found}):
             *peers, ours = (found[way, tokens] for way in ("one rank", "TP=2", "zigzag", "even", "searched"))
             waited = " | ".join(f"{seconds:.2f}" for seconds in peers)
-            sooner = " | ".join(f"{seconds / ours:.2f}x" for seconds in peers[:3])
+            least = peers[0] / 2  # of two ranks that wait for nothing
+            sooner = " | ".join(f"{seconds / ours:.2f}x of {seconds / least:.2f}x" for seconds in peers[:3])
             rows.append(f"| {link} | {tokens} | {waited} | **{ours:.2f}** | {sooner} |")
     return rows
 
