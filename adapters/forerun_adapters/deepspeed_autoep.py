@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -115,25 +116,32 @@ def finished(layer: Any, output: Tensor, answer: Routed, hidden: Tensor) -> Any:
     return (output, logits) if layer.return_router_logits else output
 
 
-def stock(layer: Any, forward: Any, hidden: Tensor, place: Tensor | None) -> Any:
-    """The stock forward pass where experts lie elsewhere, leaving no count behind.
+def stock(
+    layer: Any, forward: Any, hidden: Tensor, place: Tensor | None, saw: Callable[[Tensor], None] | None = None
+) -> Any:
+    """The stock forward pass where experts lie elsewhere.
 
     Args:
         layer: The layer.
         forward: Stock's, of a hidden state.
         hidden: `[B, S, H]`.
         place: `[E]` the place of each expert; None: stock's.
+        saw: Is told the experts `[n, k]` that the router chose.
     """
-    counted = layer.tokens_per_expert.clone()
-    there = torch.arange(layer.num_experts, device=counted.device) if place is None else place
 
     def elsewhere(_router: Any, _inputs: Any, output: Any) -> Any:
         weight, expert, counts = output
-        return weight, there[expert], torch.empty_like(counts).index_copy_(0, there, counts)
+        if saw is not None:
+            saw(expert)
+        if place is None:
+            return output
+        return weight, place[expert], torch.empty_like(counts).index_copy_(0, place, counts)
 
+    before = None if place is None else layer.tokens_per_expert.clone()
     hook = layer.router.register_forward_hook(elsewhere)
     try:
         return forward(hidden)
     finally:
         hook.remove()
-        layer.tokens_per_expert.copy_(counted)
+        if before is not None:  # counted by places: by experts, as stock does
+            layer.tokens_per_expert.copy_(before + (layer.tokens_per_expert - before)[place])

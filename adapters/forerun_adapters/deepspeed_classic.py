@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,10 @@ def obstacle(layer: Any) -> str | None:
 
 
 def batch(layer: Any, hidden: Tensor) -> int:
-    """What has to be the same on all ranks for stock to take a batch; negative: it does not take it."""
+    """What has to be the same on all ranks for stock to take a batch; negative: it does not take it.
+
+    Its exchange may ask for as many tokens on every rank, and its gate for some at least.
+    """
     gate, tokens = layer.gate, hidden.shape[:-1].numel()
     if gate.k == 1 and tokens < gate.min_capacity:
         return -1
@@ -89,7 +93,13 @@ def combined(output: Tensor, answer: Routed, row: Tensor) -> Tensor:
     return result
 
 
-def stock(layer: Any, forward: Any, inputs: tuple[Any, ...], place: Tensor | None) -> Tensor:
+def stock(
+    layer: Any,
+    forward: Any,
+    inputs: tuple[Any, ...],
+    place: Tensor | None,
+    saw: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """The stock forward pass where experts lie elsewhere.
 
     Args:
@@ -97,20 +107,21 @@ def stock(layer: Any, forward: Any, inputs: tuple[Any, ...], place: Tensor | Non
         forward: Stock's.
         inputs: Its arguments.
         place: `[E]` the place of each expert; None: stock's.
+        saw: Is told the experts `[n, k]` that the gate chose; negative: dropped.
     """
 
-    if place is None:
-        answer: Tensor = forward(*inputs)
-        return answer
-
     def elsewhere(_gate: Any, _inputs: Any, output: Any) -> Any:
-        expert = output[3]
-        there = torch.where(expert < 0, expert, place[expert.clamp(min=0).long()].to(expert.dtype))
+        expert = output[3].long()
+        if saw is not None:
+            saw(expert.T)
+        if place is None:
+            return output
+        there = torch.where(expert < 0, expert, place[expert.clamp(min=0)]).to(output[3].dtype)
         return *output[:3], there, *output[4:]
 
     hook = layer.gate.register_forward_hook(elsewhere)
     try:
-        answer = forward(*inputs)
+        answer: Tensor = forward(*inputs)
     finally:
         hook.remove()
     return answer

@@ -34,6 +34,7 @@ from sglang.srt.runtime_context import get_exec as _exec  # noqa: E402
 from sglang.srt.runtime_context import get_flags as _flags  # noqa: E402
 from sglang.srt.runtime_context import get_lora as _lora  # noqa: E402
 from sglang.srt.runtime_context import get_parallel as _parallel  # noqa: E402
+from sglang.srt.runtime_context import get_schedule as _schedule  # noqa: E402
 
 _boundary: Any = import_module(
     "forerun_adapters.sglang_stage" if Version("0.5.21") <= _RELEASE else "forerun_adapters.sglang_communicator"
@@ -56,6 +57,7 @@ __all__ = [
     "group",
     "is_draft",
     "layers",
+    "most_tokens",
     "name_of",
     "obstacle",
     "placed",
@@ -153,6 +155,13 @@ def all_reduce(tensor: Tensor) -> Tensor:
     """The sum over the tensor-parallel ranks, by the way that stock takes."""
     summed: Tensor = _parallel().tp_group.all_reduce(tensor)
     return summed
+
+
+def most_tokens() -> int:
+    """Of the largest batch that the server takes."""
+    schedule = _schedule()
+    chunk = schedule.chunked_prefill_size
+    return int(chunk if chunk and chunk > 0 else schedule.max_prefill_tokens)
 
 
 def server_obstacle() -> str | None:

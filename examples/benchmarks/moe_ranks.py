@@ -28,6 +28,7 @@ from moe_traffic import Traffic
 from moe_ways import WAYS, Plans, Routing, Way, plans_of
 from torch import Tensor, nn
 
+from forerun.moe.deepspeed_state import speculated
 from forerun.moe.requests import assign
 
 
@@ -159,9 +160,7 @@ class Serving:
         mine = np.flatnonzero(rank_of == self.here)
         ids = self.requests[torch.from_numpy(mine)]
         with way.applied(self.model, place, self.folded) as layers:
-            with limited(self.here, rates[0]):
-                for _ in range((1 + self.folded) * way.trial):
-                    self.prefill(ids)
+            ours = self.settled(ids, way, rates[0])
             counts = every(self.counted(ids, layers) | {"requests": mine})
             logits = torch.empty(len(self.requests), counts[0]["logits"].shape[1])
             for part in counts:
@@ -169,14 +168,24 @@ class Serving:
             self.stock = logits if self.stock is None else self.stock
             off = float((logits - self.stock).abs().max() / self.stock.abs().max())
             clock = Clock(layers)
-            kept = not way.trial or self.folded or all(hasattr(layer, "forerun_state") for layer in layers)
-            taken, where = (way, place) if kept else (WAYS[0], None)
+            taken = way if ours else WAYS[0]
             for rate in rates:
                 with limited(self.here, rate):
                     times = every(self.timed(ids, clock))
                 entry = {"model": self.name, "ranks": self.ranks, "link": rate or "loopback", "way": way.name}
-                entry |= taken.summary(self, where, counts, times, len(layers)) | {"difference": off}
-                yield entry | ({"kept": "ours" if kept else "stock"} if way.trial else {})
+                entry |= taken.summary(self, place, counts, times, len(layers)) | {"difference": off}
+                yield entry | ({"kept": "ours" if ours else "stock"} if way.trial else {})
+
+    def settled(self, ids: Tensor, way: Way, rate: str | None) -> bool:
+        """Not timed: passes that are tried both ways, until it is decided; whether a prefill goes our way then."""
+        with limited(self.here, rate):
+            for _ in range(2 * (1 + way.trial) if way.trial else 0):
+                self.decode(ids, self.prefill(ids).past_key_values)
+            if not way.trial or self.folded:
+                return True
+            self.prefill(ids)
+        trial = speculated(self.model)[0].forerun_state.trial
+        return trial is None or trial.ours
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class Way:
     split: bool = False  # whether requests are assigned by the plan
     ours: bool = True
     exact: bool = False
-    trial: int = 0  # calls of a layer that are run both ways before the sooner one is kept
+    trial: int = 0  # passes of each size by each way before the sooner one is kept
 
     @contextmanager
     def applied(self, model: Any, plan: Plan | None, folded: bool) -> Iterator[list[nn.Module]]:

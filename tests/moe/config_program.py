@@ -97,7 +97,7 @@ def refused(bare, whole, inference, section, folder, rank):
             "plam": 2,
         },
         r"speculative_moe: exact is 'yes'; expected true or false": {"exact": "yes"},
-        r"speculative_moe: trial is -1; expected a number of calls": {"trial": -1},
+        r"speculative_moe: trial is -1; expected a number of passes": {"trial": -1},
         r"the plan cannot be read: .*nowhere": {"plan": "nowhere"},
         r"damaged-\d is not a plan": {"plan": str(folder / f"damaged-{rank}")},
         r"the plan cannot be read: .*only-one": {"plan": "only-one" if rank else section["plan"]},

@@ -1,5 +1,6 @@
 """A speculated model that goes on serving while plans change, in real processes over gloo."""
 
+import re
 import signal
 
 import pytest
@@ -26,11 +27,13 @@ def test_a_rank_that_dies_while_experts_move_leaves_a_clear_error(tmp_path):
     assert outputs[0].splitlines()[-2:] == ["lost", "told"]
 
 
-def test_a_rank_killed_while_generating_ends_the_others(tmp_path):
-    codes, outputs = ran("killed_program.py", 2, ["{rank}", "2", str(tmp_path / "store")])
-    assert codes[1] == -signal.SIGKILL
-    assert codes[0] not in (0, None)
-    words = next(line for line in outputs[0].splitlines() if line.startswith("tokens")).split()
-    assert 5 <= int(words[1]) < 32
-    assert int(words[3]) < 120
-    assert "RuntimeError" in outputs[0]
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_a_rank_killed_while_generating_ends_the_others(ranks, tmp_path):
+    codes, outputs = ran("killed_program.py", ranks, ["{rank}", str(ranks), str(tmp_path / "store")])
+    assert codes.pop() == -signal.SIGKILL
+    for code, output in zip(codes, outputs, strict=False):
+        assert code not in (0, None)
+        words = next(line for line in output.splitlines() if line.startswith("tokens")).split()
+        assert 5 <= int(words[1]) < 32
+        assert int(words[3]) < 120
+        assert re.search(r"RuntimeError: \S+: a rank of its group is lost or silent", output)

@@ -65,28 +65,37 @@ class Alternation:
         self._running = size, ours, device, _now(device)
         return ours
 
-    def end(self, tokens: int) -> None:
-        """The batch is through; those that may decide wait for all ranks."""
+    def end(self, tokens: int) -> bool | None:
+        """The batch is through; those that may decide wait for all ranks.
+
+        Returns:
+            Whether our way is kept for batches of its size, if this one decided it.
+        """
         if self._running is None:
-            return
+            return None
         (size, ours, device, start), self._running = self._running, None
         if size.batches >= 2:
             size.seconds[ours].append(_now(device) - start)
         size.batches += 1
         turns = size.batches / 2 - 1
         if turns not in (_FEW, self._turns):
-            return
+            return None
         told = torch.tensor([median(spent) for spent in size.seconds], dtype=torch.float64, device=device)
         dist.all_reduce(told, group=self._group)
         other, way = (told / dist.get_world_size(self._group)).tolist()
         if turns < self._turns and max(other, way) < _CLEAR * min(other, way):
-            return
+            return None
         size.ours, size.medians = way < other, (other, way)
-        _logger.info("batches of %s", self._told(tokens.bit_length(), size))
+        _logger.info("batches of %s", self.told(tokens))
+        return size.ours
 
     def decided(self) -> list[str]:
         """What was decided, a line for each size of batches."""
         return [self._told(bits, size) for bits, size in sorted(self._sizes.items()) if size.ours is not None]
+
+    def told(self, tokens: int) -> str:
+        """What was decided for batches of so many tokens."""
+        return self._told(tokens.bit_length(), self._sizes[tokens.bit_length()])
 
     def _told(self, bits: int, size: _Size) -> str:
         least, (other, way) = 1 << max(bits - 1, 0), self._names

@@ -10,7 +10,7 @@ stock's, so with `exact=True` the result is stock's bit for bit: every expert se
     deepspeed_checkpoint.py  checkpoints in stock's layout, whatever the plan
     deepspeed_counts.py      a profile that goes on while the model serves
     deepspeed_shuffle.py     tokens shuffled around tensor-parallel attention
-    deepspeed_trial.py       back to stock's way where that is sooner
+    deepspeed_trial.py       stock's way where that is sooner
     deepspeed_config.py      all of it by a section of DeepSpeed's configuration
 
 `register()`, or `python -m forerun.moe.deepspeed script.py …` with the script unchanged, makes `deepspeed.initialize`
@@ -22,7 +22,6 @@ ZeRO stage 3, DeepEP, Tutel, tensor parallelism of classic layers.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -75,10 +74,10 @@ def speculate(
         shuffle: Where attention is tensor-parallel: a token goes to the rank that the plan expects its experts on;
             False: tokens are split in their order. See `forerun.moe.deepspeed_shuffle`.
         count: Goes on with a routing profile while the model runs: see `counts`.
-        trial: The first so many calls of each layer are run both ways, and if ours takes no less time, all ranks go
-            back to stock's and say so. 0: never. Where attention is tensor-parallel it is the shuffle that is tried:
-            of each size of batches so many are shuffled, so many are not, and the sooner way is kept. `count` is not
-            for such models.
+        trial: Passes of each size (to a power of two, of the rank with most tokens) that go our way and as many that
+            go stock's, by turns, before all ranks keep the way that takes less time, and say so where it is stock's;
+            it is tried again after many passes. 0: all go ours. Where attention is tensor-parallel it is the shuffle
+            that is tried. `count` is not for such models.
 
     Raises:
         ValueError: The model has no expert-parallel layer, one of settings that only stock serves, is speculated
@@ -184,7 +183,7 @@ def unspeculate(model: Any) -> None:
 
 
 def sent_rows(model: Any) -> int:
-    """Rows that this rank sent on their way to experts since `speculate`."""
+    """Rows that this rank sent on their way to experts since `speculate`, where it was not stock's way."""
     return sum(layer.forerun_state.sent for layer in speculated(getattr(model, "module", model)))
 
 
@@ -253,8 +252,7 @@ def _partial(layer: Any, count: bool) -> str | None:
 
 
 def _told(plan: Plan | None, *options: Any) -> str:
-    placement = "none" if plan is None else hashlib.sha256(plan.rank.tobytes()).hexdigest()
-    return f"{placement} {options}"
+    return f"{plan and plan.digest} {options}"
 
 
 def _orders(module: Any, plan: Plan | None) -> list[torch.Tensor | None]:
@@ -276,9 +274,9 @@ def _shuffle(module: Any, plan: Plan | None, trial: int) -> None:
         layer.forerun_state.looked_at = looked_at
 
 
-def _try(module: Any, calls: int) -> None:
+def _try(module: Any, turns: int) -> None:
     layers = [layer for layer in speculated(module) if not folded(layer)]
-    trial = Trial(layers, calls, lambda: unspeculate(module)) if calls and layers else None
+    trial = Trial(layers, turns) if turns and layers else None
     for layer in layers:
         layer.forerun_state.trial = trial
 

@@ -26,8 +26,10 @@ class SpeculativeAutoEP(host.AutoEPLayer):  # type: ignore[misc]
         return answered(
             self,
             lambda: self._ours(hidden),
-            lambda: host.stock(self, stock, hidden, self.forerun_state.place),
+            lambda: host.stock(self, stock, hidden, self.forerun_state.place, self.forerun_state.saw),
             lambda: stock(hidden),
+            hidden.shape[:-1].numel(),
+            0,
         )
 
     def _ours(self, hidden: Tensor) -> Any:
@@ -37,8 +39,7 @@ class SpeculativeAutoEP(host.AutoEPLayer):  # type: ignore[misc]
         held = expert if state.place is None else state.place[expert]
         place, order = held.sort(stable=True)
         to = (order // self.top_k, place)
-        if state.counter is not None:
-            state.counter.saw(state.index, answer.expert)
+        state.saw(answer.expert)
         if state.looked_at:
             state.seen = _dominant(held, self)
         if state.exact:
@@ -51,10 +52,6 @@ class SpeculativeAutoEP(host.AutoEPLayer):  # type: ignore[misc]
             output, sent, _ = summed(answer.tokens, *to, weight, self.num_experts, compute, self.ep_group, state.pace)
             output = output.reshape(hidden.shape)
         state.sent += sent
-        if state.trial is not None:
-            away = int((held // self.num_local_experts != self.ep_rank).sum())
-            stock = int((expert // self.num_local_experts != self.ep_rank).sum())
-            state.rows = (sent + (away if state.exact else sent), 2 * stock)
         return host.finished(self, output, answer, hidden)
 
 

@@ -34,8 +34,9 @@ class SpeculativeClassic(host.ClassicLayer):  # type: ignore[misc]
         answer: Tensor = answered(
             self,
             lambda: self._ours(*inputs),
-            lambda: host.stock(self, stock, inputs, self.forerun_state.place),
+            lambda: host.stock(self, stock, inputs, self.forerun_state.place, self.forerun_state.saw),
             lambda: stock(*inputs, **named),
+            inputs[0].shape[:-1].numel(),
             host.batch(self, inputs[0]),
         )
         return answer
@@ -53,8 +54,7 @@ class SpeculativeClassic(host.ClassicLayer):  # type: ignore[misc]
         order = (key * max(len(answer.tokens), 1) + token).argsort()
         slot, token, key = slot[order], token[order], key[order]
         experts = self.ep_size * self.num_local_experts
-        if state.counter is not None:
-            state.counter.saw(state.index, answer.expert.T)
+        state.saw(answer.expert.T)
         if state.exact:
             arrived = dispatch(answer.tokens, token, key, experts * halves, self.ep_group)
             output = return_pairs(arrived, self._padded(arrived, halves, answer.capacity))
@@ -66,11 +66,6 @@ class SpeculativeClassic(host.ClassicLayer):  # type: ignore[misc]
             parts = (answer.tokens, token, where, weight, experts, self._plain, self.ep_group, state.pace)
             output, sent, _ = summed(*parts)
         state.sent += sent
-        if state.trial is not None:
-            away = int((key // halves // self.num_local_experts != dist.get_rank(self.ep_group)).sum())
-            # Stock's padded all-to-all: the same rows to every other rank.
-            stock = answer.capacity * (experts - self.num_local_experts)
-            state.rows = (sent + (away if state.exact else sent), 2 * stock)
         return output.reshape(hidden.shape)
 
     def _padded(self, arrived: Arrived, halves: int, capacity: int) -> Tensor:

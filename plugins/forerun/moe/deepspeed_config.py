@@ -10,8 +10,8 @@
     exact     true       bit for bit stock's result
     count     false      go on with a routing profile
     shuffle   true       tokens go where the plan expects their experts, where attention is tensor-parallel
-    trial     8          calls of each layer run both ways before all ranks decide which way is kept; 0: ours is. Where
-                         attention is tensor-parallel: batches of each size that are shuffled, and that are not
+    trial     8          passes of each size that go each way, by turns, before all ranks keep the sooner one; 0: all go
+                         ours. Where attention is tensor-parallel: that are shuffled, and that are not
 
 What the section asks for is checked before the host is asked for anything. A script that took `initialize` out of
 `deepspeed` before `register()` keeps stock's; `python -m forerun.moe.deepspeed script.py …` registers first.
@@ -64,7 +64,7 @@ class Section:
         if self.plan is not None and not isinstance(self.plan, str | Path):
             raise ValueError(f"{SECTION}: plan is {self.plan!r}; expected the path of a plan file, or null")
         if type(self.trial) is not int or self.trial < 0:
-            raise ValueError(f"{SECTION}: trial is {self.trial!r}; expected a number of calls, 0 or more")
+            raise ValueError(f"{SECTION}: trial is {self.trial!r}; expected a number of passes, 0 or more")
 
     @classmethod
     def read(cls, given: Any) -> Section:

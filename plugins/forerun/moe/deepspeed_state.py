@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from forerun.moe.background import Background, Movable
@@ -55,7 +56,11 @@ class State:
     looked_at: bool = False  # whether `seen` is asked for
     seen: Tensor | None = None  # [n] the rank of most of each token's experts, in the last batch
     sent: int = 0  # rows that left this rank on the way there
-    rows: tuple[int, int] = (0, 0)  # that the last call under trial sends our way, and stock's
+
+    def saw(self, expert: Tensor) -> None:
+        """The experts `[n, k]` of a pass's tokens."""
+        if self.counter is not None:
+            self.counter.saw(self.index, expert)
 
 
 def speculated(module: nn.Module) -> list[Any]:
@@ -64,19 +69,20 @@ def speculated(module: nn.Module) -> list[Any]:
 
 
 def answered(
-    layer: Any, ours: Callable[[], Any], elsewhere: Callable[[], Any], stock: Callable[[], Any], batch: int = 0
+    layer: Any, ours: Callable[[], Any], elsewhere: Callable[[], Any], stock: Callable[[], Any], tokens: int, batch: int
 ) -> Any:
     """A layer's forward pass.
 
     Args:
         layer: Which.
-        ours: The pass that is sooner.
-        elsewhere: Stock's where experts lie by the plan, leaving no trace: only a trial asks for it.
+        ours: The pass that should be sooner.
+        elsewhere: Stock's where experts lie by the plan: a trial asks for it, and keeps it where it is sooner.
         stock: Stock's.
-        batch: What has to be the same on all ranks for stock to take the batch; negative: it does not take it.
+        tokens: That this rank has.
+        batch: What has to be the same on all ranks for stock to take them; negative: it does not.
 
     Raises:
-        RuntimeError: Gradients are asked for while experts lie by a plan, or a rank was lost while they moved.
+        RuntimeError: Gradients are asked for while experts lie by a plan, or a rank was lost, now or while they moved.
     """
     state: State = layer.forerun_state
     refuse_torn(layer)
@@ -86,7 +92,25 @@ def answered(
         return stock()
     if state.move is not None:
         state.move.step()
-    return ours() if state.trial is None else state.trial.both(layer, ours, elsewhere, batch)
+    with _a_lost_rank_named(state.name):
+        if state.trial is None:
+            return ours()
+        answer = ours() if state.trial.begin(layer, tokens, batch) else elsewhere()
+        state.trial.end(layer)
+        return answer
+
+
+@contextmanager
+def _a_lost_rank_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{name}: a rank of its group is lost or silent, and this pass with it: end all ranks and start again "
+            f"({error})"
+        ) from error
 
 
 @torch.no_grad()

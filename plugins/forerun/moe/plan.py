@@ -5,6 +5,7 @@ It names the model that it is of, and is refused on another one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -105,6 +106,14 @@ class Plan:
         """`[L, E]` the experts in the order in which they lie: rank by rank, by number on each."""
         return np.argsort(self.rank, axis=1, kind="stable")
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that ranks have to agree on."""
+        found = hashlib.sha256(str(self.identity).encode())
+        for array in self._arrays.values():
+            found.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
+
     def shares(self, layer: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """`[n, R]` what share of each id's experts is expected on each rank.
 
@@ -134,11 +143,12 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as safetensors."""
-        arrays: Mapping[str, NDArray[Any]] = {
-            name: getattr(self, name) for name in ("rank", "tokens", "share", "prior", "ratio", "weight")
-        }
         header = {"identity": self.identity.as_json(), "layers": [asdict(report) for report in self.layers]}
-        write(path, "plan", header, arrays)
+        write(path, "plan", header, self._arrays)
+
+    @property
+    def _arrays(self) -> Mapping[str, NDArray[Any]]:
+        return {name: getattr(self, name) for name in ("rank", "tokens", "share", "prior", "ratio", "weight")}
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

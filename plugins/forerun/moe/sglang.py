@@ -22,7 +22,6 @@ taken.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -93,6 +92,7 @@ class Speculation:
         self._batches: Batches | None = None  # when its model was loaded
         self.rates: Rates | None = None
         self.moved = 0  # bytes of experts that left this rank
+        self.laid_aside = False  # whether there was a plan that no batch is expected to be sooner by
         self.whole = 0  # bytes of shared experts, held beside this rank's slices
         self._place = {} if plan is None else _places(plan)
         self._found: dict[int, Any] = {}  # SGLang's experts of each layer
@@ -117,7 +117,7 @@ class Speculation:
         reason = self._misfit(runner, found, self.plan)
         if reason is not None and host.ranks() < 2:
             raise ValueError(f"forerun: {reason}")
-        placement = "none" if self.plan is None else hashlib.sha256(self.plan.rank.tobytes()).hexdigest()
+        placement = "none" if self.plan is None else self.plan.digest
         agree(None if reason is None else f"forerun: {reason}", f"{placement} {self.asked}", host.group())
         self._install(found, next(runner.model.parameters()))
         if self.asked.watch and self.asked.plan is not None:
@@ -134,12 +134,10 @@ class Speculation:
 
     def taken(self, plan: Plan) -> None:
         """Moves experts to where another plan has them; all ranks call it between the same two batches."""
-        self.moved += replace(self._found, self.spread, plan)
-        self.plan, self._place = plan, _places(plan)
         assert self._batches is not None
         self._batches.trial = self._trial(self._batches.ranks)  # what was sooner by the old plan says nothing
-        self._foresee()
-        _log.info("forerun: experts lie by another plan of %s", plan.identity)
+        self._follow(plan)
+        _log.info("forerun: there is another plan of %s", plan.identity)
 
     def told(self, result: Any, *_: Any) -> Any:
         """After SGLang's answer of its internal state."""
@@ -153,6 +151,7 @@ class Speculation:
             "expected_rows": {str(number): one.choice.expected for number, one in self.spread.items()},
             "rates": None if self.rates is None else asdict(self.rates),
             "trial": [] if self._batches is None or self._batches.trial is None else self._batches.trial.decided(),
+            "laid_aside": self.laid_aside,
             "in_pieces": self._batches is not None and self._batches.ranks.pieces.slow,
             "moved_bytes": self.moved,
             "shared_bytes": self.whole,
@@ -197,12 +196,26 @@ class Speculation:
             if one.shared is not None:
                 self.whole += shared.hold(one.shared, spread, host.group())
         self._batches = Batches(ranks, list(self.spread.values()), like.device, self._trial(ranks))
-        self._foresee()
+        self._follow(self.plan)
         _log.info("forerun: %d layers of sglang %s are speculated, %s", len(found), RELEASE, self.rates or "always")
 
     def _trial(self, ranks: Ranks) -> Alternation | None:
         tried = self.asked.choose and self.asked.trial
         return Alternation(self.asked.trial, ranks.group, "spread", "stock") if tried else None
+
+    def _follow(self, plan: Plan | None) -> None:
+        """Experts where a plan has them, if any batch should be sooner by it: so placed, small ones are slower."""
+        self.plan, self.laid_aside = plan, False
+        self._foresee()
+        if plan is not None and self.rates is not None:
+            rates, most = self.rates, host.most_tokens()
+            self.laid_aside = not any(rates.gains(most, most * one.choice.expected) for one in self.spread.values())
+        if self.laid_aside:
+            _log.warning("forerun: the plan is laid aside: over this link SGLang's own sums take less for any batch")
+            self.plan = None
+            self._foresee()
+        self._place = {} if self.plan is None else _places(self.plan)
+        self.moved += replace(self._found, self.spread, self.plan)
 
     def _foresee(self) -> None:
         """What the plan says of tokens, to all layers."""

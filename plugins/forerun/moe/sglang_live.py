@@ -6,7 +6,6 @@ move experts between the same two batches. A file that is no plan of this model 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -69,9 +68,8 @@ class Watch:
             problem = self._misfit(plan)
         except (OSError, ValueError) as error:
             problem = str(error)
-        digest = "" if plan is None else hashlib.sha256(plan.rank.tobytes()).hexdigest()
         try:
-            agree(problem, digest, group)
+            agree(problem, "" if plan is None else plan.digest, group)
         except ValueError as error:
             _log.error("forerun: the plan stays as it is: %s", error)
             return
@@ -80,13 +78,13 @@ class Watch:
 
 
 @torch.no_grad()
-def replace(found: Mapping[int, Any], spread: Mapping[int, Spread], plan: Plan) -> int:
+def replace(found: Mapping[int, Any], spread: Mapping[int, Spread], plan: Plan | None) -> int:
     """Moves every layer's experts; all ranks call it alike.
 
     Args:
         found: SGLang's experts of each layer, by its number.
         spread: What each layer carries.
-        plan: Where experts shall lie.
+        plan: Where experts shall lie; None: in their order.
 
     Returns:
         Bytes that left this rank.
@@ -95,11 +93,11 @@ def replace(found: Mapping[int, Any], spread: Mapping[int, Spread], plan: Plan) 
         RuntimeError: A rank is lost: the server is of no use from then on.
     """
     left = 0
-    for at, number in enumerate(plan.identity.layers):
-        one = spread[number]
-        before = torch.arange(one.experts) if one.place is None else one.place.cpu().argsort()
-        after = torch.from_numpy(plan.order[at])
+    for number, one in spread.items():
+        in_order = torch.arange(one.experts)
+        before = in_order if one.place is None else one.place.cpu().argsort()
+        after = in_order if plan is None else torch.from_numpy(plan.order[one.layer])
         left += move(host.weights(found[number]), before, after, one.ranks.group)
         place: Tensor = after.argsort()
-        one.place = place.to(next(found[number].parameters()).device)
+        one.place = None if plan is None else place.to(next(found[number].parameters()).device)
     return left
