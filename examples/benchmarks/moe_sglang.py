@@ -1,6 +1,7 @@
 """Speculative MoE in SGLang's server on 2 and 4 ranks: its own expert parallelism, ours part by part and as turned on.
 
 - stock: SGLang's `--tp R --ep R`, two sums over all ranks a layer.
+- stock, EPLB: the same with experts placed by their load, by SGLang's own EPLB (`--init-expert-location`, no copies).
 - ours: tokens spread over the ranks, experts in their order.
 - s-EG: experts grouped by a plan too.
 - s-EG + s-TS: tokens sent where the plan expects their experts too.
@@ -52,6 +53,7 @@ _RATES = {"loopback": None, "1gbit": 1e9, "100mbit": 1e8}  # bits a second, each
 _SHAPES = {"random": "olmoe", "planted": "olmoe", "folded": "folded"}  # of the models
 _WAYS: dict[str, dict[str, Any] | None] = {
     "stock": None,
+    "stock, EPLB": None,
     "ours": {"choose": False},
     "s-EG": {"choose": False, "plan": True, "shuffle": False},
     "s-EG + s-TS": {"choose": False, "plan": True},
@@ -67,8 +69,8 @@ def main(out: Path, options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = _made(Path(folder), model, shape)
             for ranks in map(int, options.ranks.split(",")):
-                plan = _planned(path, Path(folder), shape, ranks, options.effort)
-                case = Case(f"{name}, {ranks} ranks", path, plan, shape, ranks, apart, options.length)
+                plan, load = _planned(path, Path(folder), shape, ranks, options.effort)
+                case = Case(f"{name}, {ranks} ranks", path, plan, load, shape, ranks, apart, options.length)
                 found = _case(case, options)
                 _same_answers(found)
                 _keep(out, case.name, _held(found))
@@ -80,6 +82,7 @@ class Case(NamedTuple):
     name: str
     model: Path
     plan: Path
+    load: Path  # pairs of each expert, by layers, as SGLang's EPLB reads them
     shape: moe_models.Shape
     ranks: int
     apart: bool  # whether attention is data-parallel
@@ -137,13 +140,15 @@ def _made(folder: Path, name: str, shape: moe_models.Shape) -> Path:
     return folder / name
 
 
-def _planned(model: Path, folder: Path, shape: moe_models.Shape, ranks: int, effort: int) -> Path:
-    """A plan by other requests than are timed."""
+def _planned(model: Path, folder: Path, shape: moe_models.Shape, ranks: int, effort: int) -> tuple[Path, Path]:
+    """A plan by other requests than are timed, and the experts' load in them."""
     profiled = Qwen3MoeForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    pieces = [torch.tensor(_prompt(shape, 1000 + seed, 256)) for seed in range(16)]
-    plan = folder / f"plan{ranks}.safetensors"
-    make_plan(profile_model(profiled, pieces), ranks, effort=effort).save(plan)
-    return plan
+    profile = profile_model(profiled, [torch.tensor(_prompt(shape, 1000 + seed, 256)) for seed in range(16)])
+    plan, load = folder / f"plan{ranks}.safetensors", folder / "load.json"
+    make_plan(profile, ranks, effort=effort).save(plan)
+    counts = [profile.table(place).counts.sum(0).tolist() for place in range(shape.layers)]
+    load.write_text(json.dumps({"logical_count": counts}))
+    return plan, load
 
 
 def _prompt(shape: moe_models.Shape, seed: int, length: int) -> list[int]:
@@ -161,6 +166,7 @@ def _measured(
         _limit(names, links[0])  # so that a server that measures its link measures this one
         told = None if config is None else {"speculative_moe": config}
         flags = [*_FLAGS, "--ep", str(ranks)]
+        flags += ["--init-expert-location", str(case.load)] if way == "stock, EPLB" else []
         flags += ["--dp", str(ranks), "--enable-dp-attention", *_APART] if case.apart else []
         folder = case.model.parent
         server = Ranks(case.model, folder, "log", case.length, ranks=ranks, flags=flags, config=told, spaces=names)

@@ -61,7 +61,8 @@ def routing(model, prompt):
 
 
 def sent(model, plan, prompt, rank, *, notes):
-    """Rows and bytes that a rank sends for a batch of this prompt alone, layer by layer, in fast mode.
+    """Of a batch of this prompt alone, layer by layer, in fast mode: rows and bytes that a rank sends; the pairs of its
+    tokens and their experts, and those of them whose expert it has.
 
     Args:
         notes: Numbers that travel with each token when all come together.
@@ -83,5 +84,6 @@ def sent(model, plan, prompt, rank, *, notes):
         total = (len(prompt) - there.sizes[rank]) * width  # half of the sum
         total += (ranks - 1) * max(there.sizes) * (width + 4 * notes)  # all tokens again
         total += 8 * (ranks - 1) + leaving * (width + -(-4 * each // 8) * 8) + answered * width
-        told.append((leaving, total))
+        mine = plan.rank[place][experts[home == rank]]
+        told.append((leaving, total, mine.size, int((mine == rank).sum())))
     return told

@@ -90,7 +90,8 @@ def test_bytes_are_those_of_the_formula(case):
     (prompt,) = prompts([61], seed=2)
     case.server.generate(prompt, 1)
     after = case.layers()
-    counted = [(b["rows"] - a["rows"], b["bytes"] - a["bytes"]) for a, b in zip(before, after, strict=True)]
+    names = ("rows", "bytes", "pairs", "local")
+    counted = [tuple(b[name] - a[name] for name in names) for a, b in zip(before, after, strict=True)]
     assert [b["tokens"] - a["tokens"] for a, b in zip(before, after, strict=True)] == [61] * 3
     assert counted == sent(case.model, case.plan, prompt, 0, notes=1)
 
@@ -156,6 +157,26 @@ def test_mixtral_is_served_or_refused(tmp_path):
     assert case.server.members() == []
 
 
+def test_a_plan_that_no_batch_would_be_sooner_by_is_laid_aside(tmp_path):
+    """Whether one would be is told by what was timed at the start; tokens are the same, batches overlapped."""
+    case = Case(tmp_path, "Qwen3Moe", config={"speculative_moe": {}}, disable_overlap_schedule=None)
+    try:
+        case.server.ready(400)
+        whole = case.server.call("/server_info")
+        state, most = case.server.info()[0]["speculative_moe"], json.loads(whole)["chunked_prefill_size"]
+        assert most > 0
+        rates = Rates(**{name: tuple(spent) for name, spent in state["rates"].items()})
+        # What this plan promises: every expert of a token at hand.
+        assert state["laid_aside"] == (not rates.gains(most, 0))
+        assert (state["model"] is None) == state["laid_aside"]
+        assert (state["moved_bytes"] > 0) == state["laid_aside"]
+        asked = prompts(MIXED)
+        assert at_once(case.server, asked, 32) == case.expected(asked, 32)
+    finally:
+        case.server.close()
+    assert case.server.members() == []
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("family", "ranks", "placed", "section", "flags"),
@@ -164,7 +185,11 @@ def test_mixtral_is_served_or_refused(tmp_path):
         ("Qwen3Moe", 2, True, {"choose": False, "exact": True}, {"disable_radix_cache": True}),
         ("Qwen3Moe", 2, True, {}, {}),
         ("Qwen3Moe", 2, True, {}, {"environment": {"FORERUN_CPU_SLOW_SUMS": "1"}}),
+        ("Qwen3Moe", 2, True, {"choose": False}, {"disable_overlap_schedule": None}),
         ("Qwen3Moe", 4, True, {"choose": False}, {}),
+        ("Qwen3Moe", 4, True, {"choose": False, "exact": True}, {}),
+        ("Qwen3Moe", 4, True, {"choose": False}, {"dp": 4, "enable_dp_attention": True}),
+        ("Qwen3Moe", 2, True, {"choose": False, "shuffle": False}, {}),
         ("Qwen3Moe", 2, True, {"choose": False}, {"dp": 2, "enable_dp_attention": True}),
         ("Qwen3Moe", 2, True, {"choose": False, "exact": True}, {"dp": 2, "enable_dp_attention": True}),
         ("Qwen2Moe", 2, True, {"choose": False, "exact": True}, {}),

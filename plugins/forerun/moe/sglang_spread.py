@@ -58,6 +58,8 @@ class Counted:
     ours: int = 0  # batches that were spread
     stock: int = 0  # batches that went stock's way
     tokens: int = 0  # of the batches that were spread, on all ranks where attention is tensor-parallel
+    pairs: int = 0  # of this rank's tokens and their experts, in those batches
+    local: int = 0  # of them whose expert is on this rank: their share is the local activation rate
     rows: int = 0  # that this rank sent to experts elsewhere
     bytes: int = 0  # that this rank sent: halves of the sum, counts, rows there and back
     stock_bytes: int = 0  # that stock's two sums sent in the batches that went its way
@@ -139,6 +141,8 @@ class Spread:
         order = held.argsort(stable=True)
         order = order[held[order] >= 0]
         token, place = order // top_k, held[order]
+        self.counted.pairs += len(place)
+        self.counted.local += int((place // (self.experts // ranks.size) == ranks.rank).sum())
         self._note(token, place, len(hidden))
         if not ranks.exact:
             by_count = partial(_by_count, compute)
