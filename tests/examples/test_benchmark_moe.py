@@ -27,7 +27,9 @@ def test_counted_bytes_are_the_formulas(tmp_path):
     assert found["exact"]["difference"] == 0
     sent = {way: one["row_bytes"] for way, one in found.items()}
     assert sent["both"] < sent["s-EG"] < sent["dispatcher"] < sent["exact"] < sent["autoep"] < sent["classic"]
-    assert all(one["collectives"] == 3 for one in found.values())
+    once = found["as turned on"].pop("collectives") - 3  # a pass: ranks agree on its way
+    assert 0 < once <= 0.5
+    assert all(one["collectives"] == 3 for way, one in found.items() if way != "as turned on")
     assert found["as turned on"]["kept"] in ("ours", "stock")
     assert found["as turned on"]["kept"] == "stock" or sent["as turned on"] == sent["both"]
     assert len(result["rows"]) == 7 * 2 * 3
