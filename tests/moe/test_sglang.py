@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -18,7 +20,7 @@ pytest.importorskip("sglang")
 
 from sglang_models import continued, load, make_model, prompts
 from sglang_plans import plan_of, sent
-from sglang_servers import Server
+from sglang_servers import GREEDY, SHIMS, Server
 
 from forerun.moe.choice import Rates
 from forerun.moe.requests import Arrivals
@@ -336,6 +338,8 @@ def test_without_the_variable_the_server_is_stock(tmp_path):
     try:
         case.server.ready(400)
         asked = prompts(MIXED)
+        answers = [with_probabilities(case.server, prompt) for prompt in asked]
+        assert [answer["output_ids"] for answer in answers] == case.expected(asked, 64)
         assert at_once(case.server, asked, 64) == case.expected(asked, 64)
         assert case.server.info() == [None]
         assert "forerun" not in case.server.told(1 << 20).replace("forerun_cpu_host", "").replace(
@@ -343,6 +347,41 @@ def test_without_the_variable_the_server_is_stock(tmp_path):
         ).replace("general plugin: forerun", "").replace("Loaded plugin forerun", "")
     finally:
         case.server.close()
+    hidden = tmp_path / "hidden"  # what is found first stands for a distribution, and for a package
+    for file, text in (
+        ("forerun-0.dist-info/METADATA", "Metadata-Version: 2.1\nName: forerun\nVersion: 0\n"),
+        ("forerun/__init__.py", "raise ImportError"),
+        ("forerun_adapters/__init__.py", "raise ImportError"),
+    ):
+        (hidden / file).parent.mkdir(parents=True)
+        (hidden / file).write_text(text)
+    here = os.pathsep.join([str(SHIMS), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(hidden), here])
+    assert set(plugins(here)) - set(plugins(paths)) == {"forerun"}
+    bare = Server(case.path, tmp_path / "bare", tp=2, ep=2, environment={"PYTHONPATH": paths})
+    try:
+        bare.ready(400)
+        assert [with_probabilities(bare, prompt) for prompt in asked] == answers  # bit for bit
+        assert "forerun" not in bare.told(1 << 20).replace("forerun_cpu_host", "")
+    finally:
+        bare.close()
+
+
+def plugins(paths):
+    """Names of the plugins that SGLang finds."""
+    code = "from importlib.metadata import entry_points; print(*entry_points(group='sglang.srt.plugins').names)"
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def with_probabilities(server, prompt):
+    """A request's tokens, and the logarithms of the prompt's and their probabilities; it is alone in its batches."""
+    body = {"input_ids": prompt, "sampling_params": {**GREEDY, "max_new_tokens": 64}}
+    told = json.loads(server.call("/generate", {**body, "return_logprob": True, "logprob_start_len": 0}))
+    known = [told["meta_info"][name] for name in ("input_token_logprobs", "output_token_logprobs")]
+    assert [len(one) for one in known] == [len(prompt), 64]
+    return {"output_ids": told["output_ids"], "known": known}
 
 
 @pytest.mark.soak
