@@ -65,7 +65,7 @@ def served(model: Path, out: Path, python: Path, config: dict[str, Any] | None) 
     try:
         server.ready()
         server.generate(requests, NEW)  # once to be warm, and so that what is tried by turns is decided
-        server.call("/flush_cache", {})
+        server.call("/flush_cache?timeout=60", {})
         before = sent(server)
         began = time.perf_counter()
         said = server.generate(requests, NEW)

@@ -49,7 +49,7 @@ def servers(folder, tmp_path_factory):
 
 @pytest.fixture
 def ours(servers):
-    servers[0].call("/flush_cache", {})
+    servers[0].call("/flush_cache?timeout=60", {})
     return servers[0]
 
 
