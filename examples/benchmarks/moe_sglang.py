@@ -1,7 +1,7 @@
 """Speculative MoE in SGLang's server on 2 and 4 ranks: its own expert parallelism, ours part by part and as turned on.
 
 - stock: SGLang's `--tp R --ep R`, two sums over all ranks a layer.
-- stock, EPLB: the same with experts placed by their load, by SGLang's own EPLB (`--init-expert-location`, no copies).
+- EPLB: stock with experts placed by their load, by SGLang's own EPLB (`--init-expert-location`, no copies).
 - ours: tokens spread over the ranks, experts in their order.
 - s-EG: experts grouped by a plan too.
 - s-EG + s-TS: tokens sent where the plan expects their experts too.
@@ -53,7 +53,7 @@ _RATES = {"loopback": None, "1gbit": 1e9, "100mbit": 1e8}  # bits a second, each
 _SHAPES = {"random": "olmoe", "planted": "olmoe", "folded": "folded"}  # of the models
 _WAYS: dict[str, dict[str, Any] | None] = {
     "stock": None,
-    "stock, EPLB": None,
+    "EPLB": None,
     "ours": {"choose": False},
     "s-EG": {"choose": False, "plan": True, "shuffle": False},
     "s-EG + s-TS": {"choose": False, "plan": True},
@@ -166,7 +166,7 @@ def _measured(
         _limit(names, links[0])  # so that a server that measures its link measures this one
         told = None if config is None else {"speculative_moe": config}
         flags = [*_FLAGS, "--ep", str(ranks)]
-        flags += ["--init-expert-location", str(case.load)] if way == "stock, EPLB" else []
+        flags += ["--init-expert-location", str(case.load)] if way == "EPLB" else []
         flags += ["--dp", str(ranks), "--enable-dp-attention", *_APART] if case.apart else []
         folder = case.model.parent
         server = Ranks(case.model, folder, "log", case.length, ranks=ranks, flags=flags, config=told, spaces=names)
