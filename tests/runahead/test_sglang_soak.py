@@ -16,7 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hosts"))
 from sglang_models import continued, load, make_model, prompts
 from sglang_servers import Server
 
+from forerun.runahead.chain import Chain
+from forerun.runahead.cost import Cost, Link
+from forerun.runahead.table import make_table
+
 MIXED = [9, 70, 128, 1, 300, 33, 2, 141]
+LAYERS, KV_BYTES = 3, 2 * 2 * 32 * 4  # of the models: GQA, 2 heads of 32, fp32
 SEARCHED = {"flops": 1e8}  # so slow that every prompt gains
 LEARNED = {
     "MQA": ("Qwen3", {"num_key_value_heads": 1}, {"split": [0.55, 0.45]}),
@@ -84,6 +89,32 @@ def test_three_ranks(tmp_path, start):
     assert_exact(start(folder, {"split": [0.5, 0.3, 0.2]}, ranks=3).ready(600), folder)
 
 
+@pytest.fixture
+def table(tmp_path):
+    """Of two engines so slow that a prompt of 100 tokens gains, and where later tokens cost more; its file."""
+    found = make_table(Chain(Cost(0, 1e-2, 0, 1e-4), Link(1e9), 3, 512), [100, 300], 2, model="tiny", hardware="none")
+    found.save(tmp_path / "table.json")
+    return found, str(tmp_path / "table.json")
+
+
+def test_a_table_says_the_split(table, tmp_path, start):
+    found, path = table
+    folder = make_model(tmp_path / "model", "Qwen3")
+    server = start(folder, {"table": path}).ready(600)
+    (prompt,) = prompts([300])
+    first, second = found.split(300).contexts
+    assert first != second
+    assert server.generate(prompt, 64) == continued(load(folder), prompt, 64)
+    moved = server.info()[0]["runahead"]
+    assert (moved["sent"], moved["completed"]) == (first * LAYERS * KV_BYTES, second * LAYERS * KV_BYTES)
+
+
+def test_a_table_for_other_ranks_is_refused(table, tmp_path, start):
+    server = start(make_model(tmp_path / "model", "Qwen3"), {"table": table[1]}, ranks=3)
+    assert server.ended(600) != 0
+    assert "the split is for 2 ranks; the server runs with --attn-cp-size 3" in server.told(200_000)
+
+
 def test_a_killed_rank_ends_the_server(tmp_path, start):
     folder = make_model(tmp_path / "model", "Qwen3")
     server = start(folder, {"split": [0.6, 0.4]}).ready(600)
@@ -120,6 +151,7 @@ def test_a_killed_rank_ends_the_server(tmp_path, start):
         ({}, {"enable_prefill_cp": None, "cp_strategy": None, "attn_cp_size": None}, "--enable-prefill-cp"),
         ({"split": [0.5, 0.3, 0.2]}, {}, "the split is for 3 ranks"),
         ({"split": "half"}, {}, "split is 'half'"),
+        ({"table": "no-such-table.json"}, {}, "no-such-table.json"),
         ({}, {"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype is not served"),
     ],
 )
