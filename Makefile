@@ -61,11 +61,13 @@ test-vllm: setup ## The tests of what stands on vLLM, on its oldest release: its
 # SGLang's pins are not the other hosts': its tests run in an environment of its own, one server at a time.
 SGLANG := SGLANG_USE_CPU_ENGINE=1 TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=1
 SGLANG_SHIMS := $(CURDIR)/tests/hosts/sglang_shims
+SGLANG_NEWEST := $(SGLANG) PYTHONPATH=$(SGLANG_SHIMS)
+SGLANG_OLDEST := $(SGLANG) FORERUN_SGLANG_RELEASE=0.5.18 PYTHONPATH=$(CURDIR)/.venv-sglang-0.5.18:$(SGLANG_SHIMS)
+SGLANG_PYTEST := .venv-sglang/bin/pytest tests/*/test_sglang*.py
 
 test-sglang: setup ## The tests of what stands on SGLang, in its own environment, on its oldest and its newest release
-	FORERUN_SGLANG_RELEASE=0.5.18 PYTHONPATH=$(CURDIR)/.venv-sglang-0.5.18:$(SGLANG_SHIMS) $(SGLANG) \
-		.venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
-	PYTHONPATH=$(SGLANG_SHIMS) $(SGLANG) .venv-sglang/bin/pytest -m "not soak" tests/*/test_sglang*.py
+	$(SGLANG_OLDEST) $(SGLANG_PYTEST) -m "not soak"
+	$(SGLANG_NEWEST) $(SGLANG_PYTEST) -m "not soak"
 
 SOAK := --timeout 3600 --no-header -v --show-capture=no
 
@@ -80,8 +82,8 @@ soak-vllm: setup
 	set -o pipefail; $(VLLM_OLDEST) $(BIN)/pytest $(SOAK) tests/runahead/test_vllm*.py 2>&1 | tee tests/results/soak-vllm.txt
 
 soak-sglang: setup
-	set -o pipefail; PYTHONPATH=$(SGLANG_SHIMS) $(SGLANG) .venv-sglang/bin/pytest -m soak $(SOAK) tests/*/test_sglang*.py 2>&1 \
-		| tee tests/results/soak-sglang.txt
+	set -o pipefail; $(SGLANG_NEWEST) $(SGLANG_PYTEST) -m soak $(SOAK) 2>&1 | tee tests/results/soak-sglang.txt
+	set -o pipefail; $(SGLANG_OLDEST) $(SGLANG_PYTEST) -m soak $(SOAK) 2>&1 | tee tests/results/soak-sglang-0.5.18.txt
 
 demo: setup ## Every drop-in beside its stock host: build/report/index.html (SCHEME=picard for one)
 	$(BIN)/forerun demo $(if $(SCHEME),--scheme $(SCHEME))
