@@ -143,15 +143,13 @@ class Server:
         return found
 
     def close(self):
-        for sent, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+        """Ends all its processes: the first one may have ended before the others."""
+        for sent in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self.process.pid, sent)
             except ProcessLookupError:
                 break
-            try:
-                self.process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                continue
-            if not self.members():
-                break
+            end = time.monotonic() + 20
+            while (self.process.poll() is None or self.members()) and time.monotonic() < end:
+                time.sleep(0.05)
         self.process.wait(30)
