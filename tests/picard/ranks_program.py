@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from datetime import timedelta
 
 import torch
@@ -41,28 +40,30 @@ def sample(pipe: DDIMPipeline, seed: int) -> torch.Tensor:
     return torch.as_tensor(images)
 
 
+def deliver(rank: int, out: str, deed: list[str]) -> None:
+    pipe = pipeline()
+    rows: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    pipe.scheduler = PicardScheduler.from_pipe(pipe, distributed=True, timeout=10, tolerance=1e-5, check_cost=False)
+    if deed[:2] == ["die", str(rank)]:
+        call = int(deed[2])
+        pipe.unet.register_forward_pre_hook(lambda module, args: os._exit(9) if len(rows) == call else None)
+    images = sample(pipe, seed=3 + (rank if deed == ["other-noise"] else 0))
+    torch.save({"images": images, "rows": rows, "rounds": pipe.scheduler.report.rounds}, f"{out}.{rank}")
+
+
 def main() -> None:
     rank, size, store, out, *deed = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{store}", rank=int(rank), world_size=int(size), timeout=timedelta(seconds=60)
     )
-    pipe = pipeline()
-    rows: list[int] = []
-    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    pipe.scheduler = PicardScheduler.from_pipe(pipe, distributed=True, timeout=10, tolerance=1e-5, check_cost=False)
-    if deed[:2] == ["die", rank]:
-        call = int(deed[2])
-        pipe.unet.register_forward_pre_hook(lambda module, args: os._exit(9) if len(rows) == call else None)
-    images = sample(pipe, seed=3 + (int(rank) if deed == ["other-noise"] else 0))
-    torch.save({"images": images, "rows": rows, "rounds": pipe.scheduler.report.rounds}, f"{out}.{rank}")
-    dist.destroy_process_group()
+    try:
+        deliver(int(rank), out, deed)
+    finally:
+        # Else gloo's threads, still letting go of tensors, may abort the process while the interpreter ends.
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RuntimeError:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # an old gloo that has lost a rank may abort the process when it is torn down
+    main()

@@ -72,7 +72,7 @@ def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tmp_path: Path) -> N
 def test_ranks_that_start_from_different_noise_are_told(tmp_path: Path) -> None:
     processes = start(tmp_path, "other-noise")
     errors = finish(processes, _PATIENCE)
-    assert [process.returncode for process in processes] == [1, 1]
+    assert [process.returncode for process in processes] == [1, 1], errors
     assert all("the ranks of the group start from different noise" in error for error in errors)
 
 
