@@ -105,6 +105,13 @@ class Server:
         """Waits until it has ended by itself; its exit status."""
         return self.process.wait(seconds)
 
+    def says(self, text, seconds=400):
+        """Waits until one of its processes has printed this; the others may go on."""
+        end = time.monotonic() + seconds
+        while text not in self.told(1 << 20):
+            assert time.monotonic() < end, f"not {text!r} in {seconds} s:\n{self.told()}"
+            time.sleep(0.5)
+
     def told(self, end=6000):
         return self.log.read_text(errors="replace")[-end:]
 

@@ -32,7 +32,7 @@ def identify(model: nn.Module) -> Identity:
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no MoE router that forerun knows (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, "
-            "DeepSeek-V2, DeepSeek-V3 of transformers 5)"
+            "DeepSeek-V2, DeepSeek-V3 of transformers 5.19 or later)"
         )
     shapes = {(router.experts, router.top_k) for router in found}
     if len(shapes) > 1:
