@@ -210,11 +210,11 @@ def _measured(
 
 def _settle(client: Client, case: Case) -> None:
     """Not timed: connections, memory, and the batches that are tried both ways, until it is known which is kept."""
-    decided = len(client.state().get("trial", []))
-    for seed in range(24):
+    for seed in range(40):
         client.batch(case.asked(100 + seed), 1)
         state = client.state()
-        known = not state or len(state["trial"]) > decided or not state["choose"]
+        tried = state.get("trial", [])
+        known = not state.get("choose") or (tried and not any("by turns" in size for size in tried))
         if known and seed >= (_SETTLES if state else 1):
             break
     prompts = [_prompt(case.shape, 200 + at, 16) for at in range(8)]

@@ -86,9 +86,11 @@ def test_one_batch_that_took_long_decides_nothing():
 
 def test_what_was_decided_is_tried_again():
     trial = Alternation(1, again=10, way="spread", other="stock")
-    assert trial.decided() == []
-    assert ran(trial, 4, 4, slow=True) == [True, False] * 2
-    (told,) = trial.decided()
+    assert trial.state() == []
+    assert ran(trial, 4, 3, slow=True) == [True, False, True]
+    assert trial.state() == ["4 to 7 tokens: spread and stock by turns, 3 batches so far"]
+    assert ran(trial, 4, 1, slow=True) == [False]
+    (told,) = trial.state()
     assert told.startswith("4 to 7 tokens: spread ") and told.endswith(" stock is kept")
     assert ran(trial, 4, 6, slow=True) == [False] * 6
     assert ran(trial, 4, 6, slow=False) == [True, False] * 2 + [True] * 2

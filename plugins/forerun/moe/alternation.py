@@ -89,9 +89,9 @@ class Alternation:
         _logger.info("batches of %s", self.told(tokens))
         return size.ours
 
-    def decided(self) -> list[str]:
-        """What was decided, a line for each size of batches."""
-        return [self._told(bits, size) for bits, size in sorted(self._sizes.items()) if size.ours is not None]
+    def state(self) -> list[str]:
+        """What was decided, or that it is not yet, a line for each size of batches."""
+        return [self._told(bits, size) for bits, size in sorted(self._sizes.items())]
 
     def told(self, tokens: int) -> str:
         """What was decided for batches of so many tokens."""
@@ -99,8 +99,11 @@ class Alternation:
 
     def _told(self, bits: int, size: _Size) -> str:
         least, (other, way) = 1 << max(bits - 1, 0), self._names
+        tokens = f"{least} to {2 * least - 1} tokens"
+        if size.ours is None:
+            return f"{tokens}: {way} and {other} by turns, {size.batches} batches so far"
         spent = f"{way} {size.medians[1] * 1e3:.2f} ms, {other} {size.medians[0] * 1e3:.2f} ms"
-        return f"{least} to {2 * least - 1} tokens: {spent}; {self._names[bool(size.ours)]} is kept"
+        return f"{tokens}: {spent}; {self._names[bool(size.ours)]} is kept"
 
 
 def _now(device: torch.device) -> float:

@@ -150,7 +150,7 @@ class Speculation:
             "rank": host.rank(),
             "expected_rows": {str(number): one.choice.expected for number, one in self.spread.items()},
             "rates": None if self.rates is None else asdict(self.rates),
-            "trial": [] if self._batches is None or self._batches.trial is None else self._batches.trial.decided(),
+            "trial": [] if self._batches is None or self._batches.trial is None else self._batches.trial.state(),
             "laid_aside": self.laid_aside,
             "in_pieces": self._batches is not None and self._batches.ranks.pieces.slow,
             "moved_bytes": self.moved,
