@@ -93,6 +93,17 @@ def test_an_arrival_goes_where_its_experts_are_expected():
             assert share[Arrivals(PLAN, limit=100).rank(request)] == share.max()
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_short_requests_that_come_together_are_on_all_ranks(ranks):
+    """They answer together; beside the tokens of what came before them they weigh nothing."""
+    arrivals = Arrivals(make_plan(PROFILE, ranks, effort=1))
+    for request in drawn(7, 200, 500):
+        arrivals.rank(request)
+    chosen = [arrivals.rank([3, 4]) for _ in range(8)]
+    assert np.bincount(chosen, minlength=ranks).max() <= 8 / ranks + 2
+    assert arrivals.load.max() <= 1.1 * arrivals.load.mean() + 1e-6
+
+
 def test_arrivals_refuse_a_limit_below_one():
     with pytest.raises(ValueError, match=re.escape("limit is 0.5; expected tokens of a rank over the mean")):
         Arrivals(PLAN, limit=0.5)

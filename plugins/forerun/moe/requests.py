@@ -65,22 +65,26 @@ class Arrivals:
     """Requests one by one, as they come: each to the rank where most of its experts are expected, if that has room.
 
     A rank has room while its tokens, older ones counting less and less, are at most `limit` times the mean with the
-    request on it, or while no other rank has fewer.
+    request on it, or while no other rank has fewer; and its requests alike, of the last ones: those that came together
+    answer together, token by token, and prompts that are short beside earlier ones would not be felt as tokens. Where
+    no rank has room for both, one that has room for the tokens and fewest requests.
 
     Args:
         plan: Whose ranks they are spread over.
-        limit: Most tokens of a rank, over the mean; 1 or more.
-        memory: Tokens of later requests after which a request counts half.
+        limit: Most tokens, or requests, of a rank, over the mean; 1 or more.
+        memory: Tokens of later requests after which a request's tokens count half.
+        recent: Later requests after which a request counts half as one.
 
     Raises:
         ValueError: The limit is below 1.
     """
 
-    def __init__(self, plan: Plan, *, limit: float = 1.1, memory: int = 1 << 16) -> None:
+    def __init__(self, plan: Plan, *, limit: float = 1.1, memory: int = 1 << 16, recent: int = 32) -> None:
         if not limit >= 1:
             raise ValueError(f"limit is {limit}; expected tokens of a rank over the mean, 1 or more")
-        self._plan, self._limit, self._memory = plan, limit, memory
+        self._plan, self._limit, self._memory, self._recent = plan, limit, memory, recent
         self.load = np.zeros(plan.ranks)  # tokens of each rank
+        self.requests = np.zeros(plan.ranks)  # of each rank, the last ones
 
     def rank(self, request: Any) -> int:
         """The rank of the next request.
@@ -93,13 +97,24 @@ class Arrivals:
         """
         ids = _ids(request)
         self.load *= 0.5 ** (len(ids) / self._memory)
-        most = self._limit * (self.load.sum() + len(ids)) / self._plan.ranks
-        has_room = (self.load + len(ids) <= most) | (self.load <= self.load.min())
+        self.requests *= 0.5 ** (1 / self._recent)
+        has_room = self._room(self.load, len(ids))
+        for_both = has_room & self._room(self.requests, 1)
+        if for_both.any():
+            has_room = for_both
+        else:
+            has_room &= self.requests <= self.requests[has_room].min()
         share = expected([ids], self._plan)[0]
         best = np.flatnonzero(has_room & (share >= share[has_room].max() - 1e-12))
         chosen = int(best[self.load[best].argmin()])
         self.load[chosen] += len(ids)
+        self.requests[chosen] += 1
         return chosen
+
+    def _room(self, load: NDArray[np.float64], more: int) -> NDArray[np.bool_]:
+        most = self._limit * (load.sum() + more) / self._plan.ranks
+        room: NDArray[np.bool_] = (load + more <= most) | (load <= load.min())
+        return room
 
 
 def expected(requests: Sequence[Any], plan: Plan) -> NDArray[np.float64]:
