@@ -11,8 +11,9 @@
 Models are those of the DeepSpeed benchmark (`moe_models.py`); with `-dp` attention is data-parallel, and the tokens are
 four requests' of a topic each instead of one's. Bytes of a rank are counted at its port, both sides the same way, and
 by layer as forerun tells them. Ranks are nodes of one server in network namespaces, joined by links without limit, of
-1 Gbit/s and of 100 Mbit/s, which needs root; `--links loopback` does not. A case that is run replaces its own rows in
-`results/moe_sglang.json`; the picture shows all cases that are there.
+1 Gbit/s and of 100 Mbit/s, which needs root; `--links loopback` alone does not, but for data-parallel attention, whose
+nodes cannot share a host. A case that is run replaces its own rows in `results/moe_sglang.json`; the picture shows all
+cases that are there.
 
     python examples/benchmarks/moe_sglang.py [--models planted] [--ranks 2] [--links loopback] [--repeats 7]
 """
@@ -162,7 +163,7 @@ def _measured(
     """Every link on one server."""
     ranks, shape = case.ranks, case.shape
     with contextlib.ExitStack() as stack:
-        names = stack.enter_context(namespaces(ranks)) if options.links != "loopback" else []
+        names = stack.enter_context(namespaces(ranks)) if case.apart or options.links != "loopback" else []
         _limit(names, links[0])  # so that a server that measures its link measures this one
         told = None if config is None else {"speculative_moe": config}
         flags = [*_FLAGS, "--ep", str(ranks)]
@@ -180,13 +181,13 @@ def _measured(
             _settle(client, case)
             before, port = client.layers(), sent(0) if names else 0
             for seed in range(options.repeats):
-                first.append(client.batch(case.asked(1 + seed), 1)[0])
+                first.append(client.batch(case.asked(1 + seed), 1).first)
             after, wire = client.layers(), ((sent(0) - port) / options.repeats if names else None)
             for seed in range(max(1, options.repeats // 2)):
                 prompts = [_prompt(shape, 50 + 8 * seed + at, 16) for at in range(8)]
-                seconds, tokens = client.further(prompts, options.decode)
-                further.append(seconds / options.decode)
-                answers += tokens if link == links[0] else []
+                answered = client.batch(prompts, 1 + options.decode)
+                further += answered.between
+                answers += answered.answers if link == links[0] else []
             layers = [_sent(a, b) / options.repeats for a, b in zip(before, after, strict=True)]
             stock = 4 * (ranks - 1) / ranks * shape.hidden * 4 * case.length  # two sums over all ranks
             found.append(

@@ -13,12 +13,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sglang_ranks import Ranks
 
-__all__ = ["Client"]
+__all__ = ["Answered", "Client"]
+
+
+class Answered(NamedTuple):
+    """What came to prompts that were asked together, token by token."""
+
+    first: float  # s until each prompt's first token had come
+    between: list[float]  # s between two tokens of a prompt, once each had its first one
+    answers: list[list[int]]
 
 
 class Client:
@@ -46,15 +55,9 @@ class Client:
         self._process.kill()
         self._process.wait(30)
 
-    def batch(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-        """Seconds until so many tokens have come to all of these prompts, and the tokens."""
-        told = self._ask("batch", {"prompts": prompts, "tokens": tokens})
-        return float(told["seconds"]), told["answers"]
-
-    def further(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-        """Seconds from the first tokens of these prompts to the last of so many further ones; all tokens."""
-        whole, answers = self.batch(prompts, 1 + tokens)
-        return whole - self.batch(prompts, 1)[0], answers
+    def batch(self, prompts: list[list[int]], tokens: int) -> Answered:
+        """So many tokens to each of these prompts, which are asked together."""
+        return Answered(**self._ask("batch", {"prompts": prompts, "tokens": tokens}))
 
     def state(self) -> dict[str, Any]:
         """What forerun says of itself on the first rank; nothing in stock."""
@@ -75,10 +78,14 @@ class Client:
         return json.loads(line)
 
 
-def _call(port: int, path: str, body: Any = None) -> Any:
+def _asked(port: int, path: str, body: Any = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as answer:
+    return urllib.request.urlopen(request, timeout=600)
+
+
+def _call(port: int, path: str) -> Any:
+    with _asked(port, path) as answer:
         text = answer.read().decode()
     return json.loads(text) if text.strip() else {}
 
@@ -93,10 +100,31 @@ def _answer(port: int, what: str, given: dict[str, Any]) -> Any:
     if what == "state":
         states = _call(port, "/server_info")["internal_states"]
         return (states[0].get("forerun") or {}).get("speculative_moe", {})
-    sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": given["tokens"]}
+    return _streamed(port, given["prompts"], given["tokens"])
+
+
+def _streamed(port: int, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": tokens}
+    came: list[list[float]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     start = time.perf_counter()
-    answers = _call(port, "/generate", {"input_ids": given["prompts"], "sampling_params": sampling})
-    return {"seconds": time.perf_counter() - start, "answers": [one["output_ids"] for one in answers]}
+    with _asked(port, "/generate", {"input_ids": prompts, "sampling_params": sampling, "stream": True}) as answer:
+        for line in answer:
+            if not line.startswith(b"data: {"):
+                continue
+            now, told = time.perf_counter() - start, json.loads(line[len(b"data: ") :])
+            if "output_ids" not in told:
+                raise RuntimeError(f"the server answered {told}")
+            at, every, ids = told.get("index", 0), told["meta_info"]["completion_tokens"], told["output_ids"]
+            answers[at] = ids if len(ids) == every else answers[at] + ids
+            came[at] += [now] * (every - len(came[at]))
+    if any(len(one) != tokens for one in (*came, *answers)):
+        raise RuntimeError(
+            f"{list(map(len, answers))} tokens came; expected {tokens} to each of {len(prompts)} prompts"
+        )
+    first = max(one[0] for one in came)
+    between = [after - before for one in came for before, after in pairwise(one) if before >= first]
+    return {"first": first, "between": between, "answers": answers}
 
 
 def _serve(port: int) -> None:
