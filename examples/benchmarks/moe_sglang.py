@@ -12,8 +12,9 @@ Models are those of the DeepSpeed benchmark (`moe_models.py`); with `-dp` attent
 four requests' of a topic each instead of one's. Bytes of a rank are counted at its port, both sides the same way, and
 by layer as forerun tells them. Ranks are nodes of one server in network namespaces, joined by links without limit, of
 1 Gbit/s and of 100 Mbit/s, which needs root; `--links loopback` alone does not, but for data-parallel attention, whose
-nodes cannot share a host. A case that is run replaces its own rows in `results/moe_sglang.json`; the picture shows all
-cases that are there.
+nodes cannot share a host. Every way is asked by turns with a server of stock's, the other one paused meanwhile, and
+stands beside what that one took then. A case that is run replaces its own rows in `results/moe_sglang.json`; the
+picture shows all cases that are there.
 
     python examples/benchmarks/moe_sglang.py [--models planted] [--ranks 2] [--links loopback] [--repeats 7]
 """
@@ -27,7 +28,8 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +48,7 @@ from forerun.moe.transformers import profile_model
 _RESULTS = Path(__file__).parent / "results"
 _FLAGS = (
     *("--max-running-requests", "16", "--max-total-tokens", "8192", "--chunked-prefill-size", "2048"),
-    "--disable-radix-cache",
+    *("--disable-radix-cache", "--mem-fraction-static", "0.9"),  # of what another server has left
 )
 _APART = ("--boundary-reduction", "rs")  # what SGLang chooses otherwise is for NCCL alone
 _SETTLES = 6  # batches after which a link's speed is known
@@ -101,14 +103,21 @@ class Case(NamedTuple):
 def _case(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     links = options.links.split(",")
     found: list[dict[str, Any]] = []
-    for way in options.ways.split(","):
-        section = _WAYS[way]
-        config = None if section is None else {**section, **({"plan": str(case.plan)} if section.get("plan") else {})}
-        # What chooses is told of the link when its server starts.
-        groups = [[link] for link in links] if config is not None and config.get("choose", True) else [links]
-        for group in groups:
-            found += _measured(way, config, case, group, options)
-            print(json.dumps([{**one, "answers": None} for one in found[-len(group) :]]), flush=True)
+    with contextlib.ExitStack() as stack:
+        apart = case.apart or links != ["loopback"]
+        names = stack.enter_context(namespaces(case.ranks)) if apart else []
+        stock = stack.enter_context(_served("stock", case, names, options.seconds))
+        for way in options.ways.split(","):
+            section = _WAYS[way]
+            chooses = section is not None and section.get("choose", True)
+            # What chooses is told of the link when its server starts.
+            for group in [[link] for link in links] if chooses else [links]:
+                _limit(names, group[0])
+                stock.server.pause()
+                with _served(way, case, names, options.seconds) as other:
+                    found += [one for link in group for one in _by_turns(stock, other, case, names, link, options)]
+                print(json.dumps([{**one, "answers": None} for one in found[-2 * len(group) :]]), flush=True)
+                stock.server.resume()
     return found
 
 
@@ -157,81 +166,122 @@ def _prompt(shape: moe_models.Shape, seed: int, length: int) -> list[int]:
     return ids
 
 
-def _measured(
-    way: str, config: dict[str, Any] | None, case: Case, links: Sequence[str], options: argparse.Namespace
+class Served(NamedTuple):
+    """A server that is up, and who asks it."""
+
+    way: str
+    server: Ranks
+    client: Client
+
+
+@contextlib.contextmanager
+def _served(way: str, case: Case, names: Sequence[str], seconds: float) -> Iterator[Served]:
+    section = _WAYS[way]
+    plan = {"plan": str(case.plan)} if section and section.get("plan") else {}
+    config = None if section is None else {"speculative_moe": {**section, **plan}}
+    flags = [*_FLAGS, "--ep", str(case.ranks)]
+    flags += ["--init-expert-location", str(case.load)] if way == "EPLB" else []
+    flags += ["--dp", str(case.ranks), "--enable-dp-attention", *_APART] if case.apart else []
+    logs = f"log of {way}"
+    server = Ranks(
+        case.model, case.model.parent, logs, case.length, ranks=case.ranks, flags=flags, config=config, spaces=names
+    )
+    try:
+        with Client(server, seconds) as client:
+            yield Served(way, server, client)
+    finally:
+        server.close()
+
+
+def _by_turns(
+    stock: Served, other: Served, case: Case, names: Sequence[str], link: str, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Every link on one server."""
-    ranks, shape = case.ranks, case.shape
-    with contextlib.ExitStack() as stack:
-        names = stack.enter_context(namespaces(ranks)) if case.apart or options.links != "loopback" else []
-        _limit(names, links[0])  # so that a server that measures its link measures this one
-        told = None if config is None else {"speculative_moe": config}
-        flags = [*_FLAGS, "--ep", str(ranks)]
-        flags += ["--init-expert-location", str(case.load)] if way == "EPLB" else []
-        flags += ["--dp", str(ranks), "--enable-dp-attention", *_APART] if case.apart else []
-        folder = case.model.parent
-        server = Ranks(case.model, folder, "log", case.length, ranks=ranks, flags=flags, config=told, spaces=names)
-        stack.callback(server.close)
-        client = stack.enter_context(Client(server, options.seconds))
-        answers: list[list[int]] = []
-        found = []
-        for link in links:
-            _limit(names, link)
-            first, further = [], []
-            _settle(client, case)
-            before, port = client.layers(), sent(0) if names else 0
-            for seed in range(options.repeats):
-                first.append(client.batch(case.asked(1 + seed), 1).first)
-            after, wire = client.layers(), ((sent(0) - port) / options.repeats if names else None)
-            for seed in range(max(1, options.repeats // 2)):
-                prompts = [_prompt(shape, 50 + 8 * seed + at, 16) for at in range(8)]
-                answered = client.batch(prompts, 1 + options.decode)
-                further += answered.between
-                answers += answered.answers if link == links[0] else []
-            layers = [_sent(a, b) / options.repeats for a, b in zip(before, after, strict=True)]
-            stock = 4 * (ranks - 1) / ranks * shape.hidden * 4 * case.length  # two sums over all ranks
-            found.append(
-                {
-                    "way": way,
-                    "link": link,
-                    "ranks": ranks,
-                    "tokens": case.length,
-                    "layers": shape.layers,
-                    "ttft_ms": 1e3 * statistics.median(first),
-                    "token_ms": 1e3 * statistics.median(further),
-                    "wire_bytes": wire,
-                    "layer_bytes": statistics.mean(layers) if before else None if case.apart else stock,
-                    "spread": _share(before, after),
-                    "trial": client.state().get("trial", []),
-                    "answers": answers if link == links[0] else None,
-                }
-            )
-        return found
+    """Two entries, stock's and the other one's, on one link: the one that is not asked is paused."""
+    _limit(names, link)
+    both = (stock, other)
+    first: tuple[list[float], ...] = ([], [])
+    further: tuple[list[float], ...] = ([], [])
+    answers: tuple[list[list[int]], ...] = ([], [])
+    wire = [0, 0]
+    _settle(other.client, case)
+    other.server.pause()
+    with _awake(stock):
+        _settle(stock.client, case)
+    with _awake(other):
+        before = other.client.layers()
+    for seed in range(options.repeats):
+        for at, one in enumerate(both):
+            with _awake(one):
+                port = sent(0) if names else 0
+                first[at].append(one.client.batch(case.asked(1 + seed), 1).first)
+                wire[at] += sent(0) - port if names else 0
+    with _awake(other):
+        after = other.client.layers()
+    for seed in range(max(1, options.repeats // 2)):
+        prompts = [_prompt(case.shape, 50 + 8 * seed + at, 16) for at in range(8)]
+        for at, one in enumerate(both):
+            with _awake(one):
+                answered = one.client.batch(prompts, 1 + options.decode)
+            further[at].extend(answered.between)
+            answers[at].extend(answered.answers)
+    with _awake(other):
+        state = other.client.state()
+    other.server.resume()
+    layers = [_sent(a, b) / options.repeats for a, b in zip(before, after, strict=True)]
+    sums = 4 * (case.ranks - 1) / case.ranks * case.shape.hidden * 4 * case.length  # stock's two, over all ranks
+    unknown = None if case.apart else sums
+    return [
+        {
+            "way": one.way if at else "stock",
+            "beside": other.way,
+            "link": link,
+            "ranks": case.ranks,
+            "tokens": case.length,
+            "layers": case.shape.layers,
+            "ttft_ms": 1e3 * statistics.median(first[at]),
+            "token_ms": 1e3 * statistics.median(further[at]),
+            "wire_bytes": wire[at] / options.repeats if names else None,
+            "layer_bytes": statistics.mean(layers) if at and before else unknown,
+            "spread": _share(before, after) if at else None,
+            **{
+                name: state.get(name) if at else None
+                for name in ("trial", "rates", "expert_times", "ledger", "laid_aside")
+            },
+            "answers": answers[at],
+        }
+        for at, one in enumerate(both)
+    ]
+
+
+@contextlib.contextmanager
+def _awake(one: Served) -> Iterator[None]:
+    one.server.resume()
+    time.sleep(0.2)
+    yield
+    one.server.pause()
 
 
 def _settle(client: Client, case: Case) -> None:
-    """Not timed: connections, memory, and the batches that are tried both ways, until it is known which is kept.
+    """Not timed: connections, memory, and the batches by which forerun learns which ways, and whether a plan, it keeps.
 
     Sizes of batches that come seldom may still go by turns when the timing begins: `trial` of an entry tells.
     """
-    for seed in range(40):
+    for seed in range(45):
         client.batch(case.asked(100 + seed), 1)
+        if seed % 4 == 0:  # some forty tokens of prompts to each that is answered
+            client.batch([_prompt(case.shape, 200 + 8 * seed + at, 16) for at in range(8)], 8)
         state = client.state()
         known = not any("by turns" in size for size in state.get("trial", []))
+        known &= not state.get("ledger") or (state["ledger"]["batches"] >= 64 and not state["moving"])
         if known and seed >= (_SETTLES if state else 1):
             break
-    prompts = [_prompt(case.shape, 200 + at, 16) for at in range(8)]
-    client.batch(prompts, 24 if client.layers() else 2)
 
 
 def _same_answers(found: list[dict[str, Any]]) -> None:
     """Greedy tokens are compared and taken out: of all that were generated, the share that is stock's."""
-    stock = next(one["answers"] for one in found if one["way"] == "stock" and one["answers"])
-    for one in found:
-        answers = one.pop("answers")
-        if answers:
-            same = [ours == theirs for ours, theirs in zip(answers, stock, strict=True)]
-            one["same_answers"] = sum(same) / len(same)
+    for stock, other in zip(found[::2], found[1::2], strict=True):
+        theirs, ours = stock.pop("answers"), other.pop("answers")
+        other["same_answers"] = sum(one == its for one, its in zip(ours, theirs, strict=True)) / len(ours)
 
 
 def _limit(names: Sequence[str], link: str) -> None:
@@ -251,40 +301,48 @@ def _share(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) ->
 
 
 def _held(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each entry beside stock's, and what the wire can give: (compute + wire) / compute, and with its own bytes."""
-    at = {(one["way"], one["link"]): one for one in found}
+    """Each way beside stock, and what the wire can give: (compute + wire) / compute, and with its own bytes.
+
+    Of stock's entries those beside the last way stay, as a table's own column.
+    """
     computing = min(one["ttft_ms"] for one in found if one["way"] == "stock")
-    result = []
-    for one in found:
-        stock, rate = at["stock", one["link"]], _RATES[one["link"]]
+    kept, result = {}, []
+    for stock, one in zip(found[::2], found[1::2], strict=True):
+        rate = _RATES[one["link"]]
         wires = [8e3 * entry["wire_bytes"] / rate if rate and entry["wire_bytes"] else 0.0 for entry in (stock, one)]
         fewer = [entry["wire_bytes"] or entry["layer_bytes"] for entry in (stock, one)]
-        result.append(
-            {
-                **one,
-                "sooner": stock["ttft_ms"] / one["ttft_ms"],
-                "sooner_decode": stock["token_ms"] / one["token_ms"],
-                "fewer_bytes": fewer[0] / fewer[1] if all(fewer) else None,
-                "bound": (computing + wires[0]) / computing,
-                "bound_own": (computing + wires[0]) / (computing + wires[1]),
-            }
-        )
-    return result
+        held = {
+            **one,
+            "stock_ttft_ms": stock["ttft_ms"],
+            "stock_token_ms": stock["token_ms"],
+            "stock_wire_bytes": stock["wire_bytes"],
+            "sooner": stock["ttft_ms"] / one["ttft_ms"],
+            "sooner_decode": stock["token_ms"] / one["token_ms"],
+            "fewer_bytes": fewer[0] / fewer[1] if all(fewer) else None,
+            "bound": (computing + wires[0]) / computing,
+            "bound_own": (computing + wires[0]) / (computing + wires[1]),
+        }
+        result.append(held)
+        kept[one["link"]] = stock
+    return [*kept.values(), *result]
 
 
 def _rows(name: str, held: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    at, rows = {(one["way"], one["link"]): one for one in held}, []
+    rows = []
     for one in held:
         if one["way"].startswith("stock"):
             continue
-        stock, case = at["stock", one["link"]], f"SGLang, {name}, {one['link']}, {one['way']}"
-        least = stock["ttft_ms"] / one["bound"]
+        case, first, further = (
+            f"SGLang, {name}, {one['link']}, {one['way']}",
+            one["stock_ttft_ms"],
+            one["stock_token_ms"],
+        )
         rows += [
-            comparison(f"{case}: first token", "ms", one["ttft_ms"], stock["ttft_ms"], "stock", least),
-            comparison(f"{case}: a further token of 8", "ms", one["token_ms"], stock["token_ms"], "stock", None),
+            comparison(f"{case}: first token", "ms", one["ttft_ms"], first, "stock", first / one["bound"]),
+            comparison(f"{case}: a further token of 8", "ms", one["token_ms"], further, "stock", None),
         ]
         if one["wire_bytes"]:
-            sizes = one["wire_bytes"] / 1e6, stock["wire_bytes"] / 1e6
+            sizes = one["wire_bytes"] / 1e6, one["stock_wire_bytes"] / 1e6
             rows.append(comparison(f"{case}: a rank sends", "MB", *sizes, "stock", None))
     return rows
 
@@ -321,7 +379,7 @@ def _parsed() -> argparse.Namespace:
         help="random, planted, folded; with -dp: data-parallel attention",
     )
     parser.add_argument("--ranks", default="2,4", help="numbers of ranks")
-    parser.add_argument("--ways", default=",".join(_WAYS), help="stock is needed")
+    parser.add_argument("--ways", default=",".join([*_WAYS][1:]), help="each beside stock")
     parser.add_argument("--links", default=",".join(_RATES), help="all but loopback alone need root")
     parser.add_argument("--shape", choices=tuple(moe_models.SHAPES), help="of the model; its own if not given")
     parser.add_argument("--length", type=int, default=512, help="tokens whose first answer is timed")

@@ -130,12 +130,22 @@ class Ranks:
         """The ends of the logs."""
         return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in self._logs)
 
+    def pause(self) -> None:
+        """All its processes stand still until they are resumed, so that another server has the cores."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def close(self) -> None:
-        for process in self._processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         for process in self._processes:
             process.wait(60)
+
+    def _signal(self, sent: signal.Signals) -> None:
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, sent)
 
 
 def versions(*packages: str) -> dict[str, str]:
