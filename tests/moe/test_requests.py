@@ -104,6 +104,30 @@ def test_short_requests_that_come_together_are_on_all_ranks(ranks):
     assert arrivals.load.max() <= 1.1 * arrivals.load.mean() + 1e-6
 
 
+def planted(length):
+    """A request whose tokens' experts are expected on one rank more than on any other, and that rank."""
+    request = [max(range(60), key=lambda token: expected([[token]], PLAN)[0].max())] * length
+    share = np.sort(expected([request], PLAN)[0])
+    assert (share[-1] - share[0]) * 1000 >= 64 > (share[-1] - share[0]) * 8  # as the tests below take it
+    return request, int(expected([request], PLAN)[0].argmax())
+
+
+def test_short_requests_go_in_turn():
+    arrivals, (request, _) = Arrivals(PLAN), planted(8)
+    arrivals.load += 1000  # so that a few tokens more are within the limit
+    for _ in range(20):
+        assert sorted(arrivals.rank(request) for _ in range(4)) == [0, 1, 2, 3]
+
+
+def test_a_long_request_may_go_out_of_turn_by_one():
+    arrivals, (request, home) = Arrivals(PLAN, limit=100), planted(1000)
+    chosen = [arrivals.rank(request) for _ in range(40)]
+    assert chosen[:2] == [home, home]
+    counts = np.array([np.bincount(chosen[:end], minlength=4) for end in range(1, 41)])
+    assert (counts.max(1) - counts.mean(1) <= 3).all()
+    assert counts[-1].argmax() == home
+
+
 def test_arrivals_refuse_a_limit_below_one():
     with pytest.raises(ValueError, match=re.escape("limit is 0.5; expected tokens of a rank over the mean")):
         Arrivals(PLAN, limit=0.5)

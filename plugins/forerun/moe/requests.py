@@ -16,6 +16,8 @@ from forerun.moe.plan import Plan
 
 __all__ = ["Arrivals", "assign", "expected"]
 
+_WORTH = 64  # tokens whose experts are at hand, that a rank's further request is worth: an answer may be as long
+
 
 def assign(requests: Sequence[Any], plan: Plan, *, limit: float = 1.1) -> NDArray[np.int64]:
     """`[n]` the rank of each request: where most of its experts are expected, as far as there is room.
@@ -65,15 +67,15 @@ class Arrivals:
     """Requests one by one, as they come: each to the rank where most of its experts are expected, if that has room.
 
     A rank has room while its tokens, older ones counting less and less, are at most `limit` times the mean with the
-    request on it, or while no other rank has fewer; and its requests alike, of the last ones: those that came together
-    answer together, token by token, and prompts that are short beside earlier ones would not be felt as tokens. Where
-    no rank has room for both, one that has room for the tokens and fewest requests.
+    request on it, or while no other rank has fewer. Requests that come together answer together, token by token, and
+    the rank with most of them is waited for: so they go to the ranks in turn, and out of turn by one request at most,
+    where as many tokens' experts as an answer may be long are expected there and nowhere whose turn it is.
 
     Args:
         plan: Whose ranks they are spread over.
-        limit: Most tokens, or requests, of a rank, over the mean; 1 or more.
+        limit: Most tokens of a rank, over the mean; 1 or more.
         memory: Tokens of later requests after which a request's tokens count half.
-        recent: Later requests after which a request counts half as one.
+        recent: Later requests after which one that was out of turn counts half.
 
     Raises:
         ValueError: The limit is below 1.
@@ -84,7 +86,7 @@ class Arrivals:
             raise ValueError(f"limit is {limit}; expected tokens of a rank over the mean, 1 or more")
         self._plan, self._limit, self._memory, self._recent = plan, limit, memory, recent
         self.load = np.zeros(plan.ranks)  # tokens of each rank
-        self.requests = np.zeros(plan.ranks)  # of each rank, the last ones
+        self.ahead = np.zeros(plan.ranks)  # requests that each rank had more than the one with fewest
 
     def rank(self, request: Any) -> int:
         """The rank of the next request.
@@ -97,21 +99,23 @@ class Arrivals:
         """
         ids = _ids(request)
         self.load *= 0.5 ** (len(ids) / self._memory)
-        self.requests *= 0.5 ** (1 / self._recent)
-        has_room = self._room(self.load, len(ids))
-        for_both = has_room & self._room(self.requests, 1)
-        if for_both.any():
-            has_room = for_both
-        else:
-            has_room &= self.requests <= self.requests[has_room].min()
+        out_of_turn = np.maximum(self.ahead - 1, 0)
+        self.ahead -= out_of_turn * (1 - 0.5 ** (1 / self._recent))
         share = expected([ids], self._plan)[0]
-        best = np.flatnonzero(has_room & (share >= share[has_room].max() - 1e-12))
+        has_room, in_turn = self._room(len(ids)), self.ahead < 0.5
+        worth = (share - share[in_turn].max()) * len(ids) >= _WORTH
+        open_to = has_room & (in_turn | (worth & (self.ahead <= self.ahead.mean() + 1)))
+        if not open_to.any():
+            open_to = has_room & (self.ahead <= self.ahead[has_room].min())
+        best = np.flatnonzero(open_to & (share >= share[open_to].max() - 1e-12))
         chosen = int(best[self.load[best].argmin()])
         self.load[chosen] += len(ids)
-        self.requests[chosen] += 1
+        self.ahead[chosen] += 1
+        self.ahead -= self.ahead.min()
         return chosen
 
-    def _room(self, load: NDArray[np.float64], more: int) -> NDArray[np.bool_]:
+    def _room(self, more: int) -> NDArray[np.bool_]:
+        load = self.load
         most = self._limit * (load.sum() + more) / self._plan.ranks
         room: NDArray[np.bool_] = (load + more <= most) | (load <= load.min())
         return room
