@@ -13,7 +13,7 @@ require("sglang")
 
 from sglang.srt.runtime_context import get_parallel as _parallel  # noqa: E402
 
-__all__ = ["apart", "batch_of", "captured"]
+__all__ = ["apart", "batch_of", "captured", "each_of"]
 
 
 def apart() -> bool:
@@ -23,11 +23,14 @@ def apart() -> bool:
 
 def batch_of(batch: Any) -> tuple[int, Tensor | None]:
     """A batch's tokens on all ranks together, and the ids of those on this rank, if it has any."""
-    ids = batch.input_ids
-    everywhere = batch.global_num_tokens_cpu if apart() else None
-    if everywhere is None:
-        return 0 if ids is None else len(ids), ids
-    return int(sum(everywhere)), ids
+    ids, each = batch.input_ids, each_of(batch)
+    return sum(each) if each else 0 if ids is None else len(ids), ids
+
+
+def each_of(batch: Any) -> list[int]:
+    """A batch's tokens on each rank, where each has tokens of its own; none otherwise."""
+    each = batch.global_num_tokens_cpu if apart() else None
+    return [int(tokens) for tokens in each or ()]
 
 
 def captured() -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from forerun_adapters import sglang_shared as _shared
 from forerun_adapters._require import require
 from forerun_adapters.sglang import Hook
-from forerun_adapters.sglang_batch import apart, batch_of
+from forerun_adapters.sglang_batch import apart, batch_of, each_of
 
 _RELEASE = require("sglang")
 
@@ -52,6 +52,7 @@ __all__ = [
     "attach",
     "batch_of",
     "computed",
+    "each_of",
     "experts_class",
     "experts_of",
     "group",

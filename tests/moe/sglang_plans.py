@@ -12,8 +12,12 @@ from forerun.moe.transformers import profile_model
 from forerun_adapters import transformers as host
 
 
-def plan_of(model, pieces, ranks, seed=0):
-    """Experts drawn onto ranks, their tokens foreseen from the model's routing of the pieces; with a look-back."""
+def plan_of(model, pieces, ranks, seed=0, uneven=False):
+    """Experts drawn onto ranks, their tokens foreseen from the model's routing of the pieces; with a look-back.
+
+    Args:
+        uneven: Those that are asked most are together, as no real plan has them.
+    """
     profile = profile_model(model, [torch.tensor(piece) for piece in pieces])
     identity, draw = profile.identity, np.random.default_rng(seed)
     tokens = np.arange(model.config.vocab_size)
@@ -21,6 +25,8 @@ def plan_of(model, pieces, ranks, seed=0):
     for place, number in enumerate(identity.layers):
         table = profile.table(place)
         rank = draw.permutation(np.arange(identity.experts) % ranks)
+        if uneven:
+            rank[np.argsort(-table.counts.sum(0))] = np.sort(rank)
         member, predictor = np.eye(ranks, dtype=np.float32)[rank], fit(table)
         share = (predictor.shares(tokens, None) @ member).astype(np.float16)
         experts = profile.paths.experts[:, place]

@@ -38,6 +38,7 @@ def main(store, rank, ranks):
             spread = Spread(shared, 0, EXPERTS, place, Choice(None, 0.0))
             for count in (0, 1, 2, 5, 33):
                 check(spread, count, matrix, compute)
+                count_experts(spread, count)
     dist.destroy_process_group()
 
 
@@ -74,6 +75,37 @@ def check(spread, count, matrix, compute):
     assert counted.tokens - before.tokens == everywhere
     assert (counted.rows - before.rows, counted.bytes - before.bytes) == (rows, moved), (count, shared)
     assert not spread.under_way
+
+
+def count_experts(spread, count):
+    """Over all ranks each pair of a batch is counted once, either way, padding never."""
+    shared = spread.ranks
+    batches = [drawn(count + rank * shared.apart, rank * shared.apart) for rank in range(shared.size)]
+    tokens = [len(batch[0]) for batch in batches] if shared.apart else [count]
+    if not sum(tokens):
+        return
+    every = [batch[2] for batch in batches[: len(tokens)]]
+    expected = torch.bincount(torch.cat(every)[torch.cat(every) >= 0], minlength=EXPERTS)
+    padding = torch.arange(TOP_K).expand(max(tokens), TOP_K)  # asks, as SGLang's does
+    filled = [torch.cat((own, padding[len(own) :])) for own in every]
+    shared.each, shared.counting = tokens if shared.apart else (), True
+    for seen in (torch.cat(every), torch.cat(filled)):
+        spread.asked = None
+        spread.saw(seen)
+        assert total(spread.asked).equal(expected)
+    if shared.apart:
+        own, rows = filled[shared.rank], spread.counted.rows
+        answer = spread.answer(torch.ones(len(own), WIDTH), torch.ones(own.shape), own, lambda rows, number: rows)
+        assert total(spread.asked).equal(expected)
+        assert not answer[len(every[shared.rank]) :].any()
+        assert spread.counted.rows - rows == sent(spread, every)[0]  # nothing is sent for what is no token
+    shared.each, shared.counting = (), False
+
+
+def total(asked):
+    told = torch.zeros(EXPERTS, dtype=torch.long) if asked is None else asked.clone()
+    dist.all_reduce(told)
+    return told
 
 
 def drawn(count, seed):

@@ -19,10 +19,11 @@ from packaging.version import Version
 pytest.importorskip("sglang")
 
 from sglang_models import continued, load, make_model, prompts
-from sglang_plans import plan_of, sent
+from sglang_plans import plan_of, routing, sent
 from sglang_servers import GREEDY, SHIMS, Server
 
 from forerun.moe.choice import Rates
+from forerun.moe.imbalance import ExpertTimes
 from forerun.moe.requests import Arrivals
 from forerun.moe.sglang_location import location
 from forerun.moe.sglang_profile import profile_dumps
@@ -43,10 +44,10 @@ ALWAYS = {"speculative_moe": {"choose": False}}
 class Case:
     """A family's model, a plan of it, and its server."""
 
-    def __init__(self, folder, family, *, ranks=2, placed=True, config=ALWAYS, **flags):
+    def __init__(self, folder, family, *, ranks=2, placed=True, uneven=False, config=ALWAYS, **flags):
         self.path = make_model(folder / "model", family)
         self.model = load(self.path)
-        self.plan = plan_of(self.model, prompts([48] * 12, seed=9), ranks) if placed else None
+        self.plan = plan_of(self.model, prompts([48] * 12, seed=9), ranks, uneven=uneven) if placed else None
         section = dict((config or {}).get("speculative_moe", {}))
         if placed:
             self.plan.save(folder / "plan.safetensors")
@@ -196,6 +197,43 @@ def test_a_plan_that_no_batch_would_be_sooner_by_is_laid_aside(tmp_path):
     assert case.server.members() == []
 
 
+def test_a_plan_that_costs_more_than_it_saves_is_laid_aside_while_requests_are_served(tmp_path):
+    """What it costs is counted, of every token once: the same as by transformers' routing."""
+    large = {"FORERUN_CPU_SLOW_SUMS": "large"}  # a prefill of a hundred tokens would gain, decoding never
+    case = Case(tmp_path, "Qwen3Moe", uneven=True, config={"speculative_moe": {}}, environment=large)
+    try:
+        case.server.ready(400)
+        asked = prompts([40, 33], seed=3)
+        for prompt in asked:
+            (before,) = case.server.info()
+            assert case.server.generate(prompt, 1) == case.expected([prompt], 1)[0]
+            (after,) = case.server.info()
+            cost = after["speculative_moe"]["ledger"]["cost"] - before["speculative_moe"]["ledger"]["cost"]
+            assert cost == pytest.approx(imbalance(case, prompt, before["speculative_moe"]["expert_times"]))
+        assert not after["speculative_moe"]["laid_aside"]
+        assert at_once(case.server, asked, 96) == case.expected(asked, 96)
+        (state,) = case.server.info()
+        told, ledger = state["speculative_moe"], state["speculative_moe"]["ledger"]
+        assert ledger["batches"] >= 64
+        assert ledger["saved"] == 0
+        assert told["laid_aside"] == (told["moved_bytes"] > 0) == (ledger["cost"] > 0)
+        assert at_once(case.server, asked, 32) == case.expected(asked, 32)
+    finally:
+        case.server.close()
+    assert case.server.members() == []
+
+
+def imbalance(case, prompt, times):
+    """Seconds that a batch of this prompt takes longer by the plan than with experts in order, as it is expected."""
+    experts = case.plan.identity.experts
+    chosen = torch.from_numpy(routing(case.model, prompt)).flatten(1)
+    pairs = torch.stack([torch.bincount(layer, minlength=experts) for layer in chosen])
+    place, in_order = torch.from_numpy(case.plan.order).argsort(1), torch.arange(experts).expand_as(pairs)
+    known = ExpertTimes(**times)
+    planned, without = (known.seconds(pairs, there, 2).sum() for there in (place, in_order))
+    return float(planned - without)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("family", "ranks", "placed", "section", "flags"),
@@ -259,6 +297,8 @@ def assert_tried_where_a_gain_is_expected(case, *, for_certain):
     Args:
         for_certain: Whether every layer expects one.
     """
+    while case.server.info()[0]["speculative_moe"]["moving"]:  # a plan may have been laid aside: it goes on by batches
+        case.server.generate([3, 4], 1)
     for first in (True, False):
         (state,) = case.server.info()
         told = state["speculative_moe"]

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from forerun.moe.alternation import Alternation
 from forerun.moe.choice import Choice, Rates
 from forerun.moe.foresight import Foresight
+from forerun.moe.imbalance import ExpertTimes, Ledger
 from forerun.moe.pieces import Pieces
 from forerun.moe.sglang_batches import Batches
 from forerun.moe.sglang_spread import Ranks, Spread
@@ -80,3 +81,49 @@ def test_what_lies_between_batches_is_called_before_each():
     ran(batches, 8)
     ran(batches, 4096)
     assert called == [0, 1]
+
+
+@pytest.mark.parametrize("tokens", [8, 4096])
+@pytest.mark.parametrize("first", [True, False], ids=["one rank computes", "both do"])
+def test_a_plan_is_given_up_once_it_costs_more_than_it_saves(tokens, first):
+    """In order experts 0 to 3 are on the first of two ranks; the plan has 0 and 4 there."""
+    batches, given_up = made([0.1, 1.5]), []
+    for layer in batches.layers:
+        layer.choice.unplanned = 1.5
+    place = torch.tensor([[0, 4, 2, 6, 1, 5, 3, 7]] * 2)
+    spent = 1.0 if tokens == 8 else 1e-9  # s of each row: beside what a large batch saves, nothing
+    batches.ledger = Ledger(ExpertTimes((0.0, spent), (0.0, 0.0)), place, 2, batches=2)
+    batches.useless = lambda: given_up.append(batches.ledger.state())
+    asked = torch.tensor([tokens, 0, 0, 0, tokens, 0, 0, 0] if first else [tokens, tokens, 0, 0, 0, 0, 0, 0])
+
+    def forward():
+        assert batches.ranks.counting
+        for layer in batches.layers:
+            layer.asked = asked
+            assert layer.chosen == (layer.layer == 0 and tokens == 4096)
+
+    for _ in range(2):
+        batches.run(tokens, None, forward)
+        assert not batches.ranks.counting
+    cost = 2 * 2 * tokens * spent * (1 if first else -1)
+    saved = 2 * RATES.saves(4096, 409.6) if tokens == 4096 else 0.0  # of the first layer; neither is spread without it
+    told = {"batches": 2, "saved": pytest.approx(saved), "cost": pytest.approx(cost)}
+    assert batches.ledger.state() == told
+    assert len(given_up) == (tokens == 8 and first)
+
+
+@pytest.mark.parametrize("slow", [True, False], ids=["spread is slow", "stock is slow"])
+def test_a_way_that_is_not_kept_saves_nothing(slow):
+    batches = made([0.1, 0.1], turns=2)
+    for layer in batches.layers:
+        layer.choice.unplanned = 0.5
+    batches.ledger = Ledger(ExpertTimes((0.0, 0.0), (0.0, 0.0)), torch.arange(8).expand(2, 8), 2)
+    assert batches.trial.kept(4096) is None
+    saved = []
+    for _ in range(8):
+        before = batches.ledger.state()["saved"]
+        ran(batches, 4096, slow)
+        saved.append(batches.ledger.state()["saved"] - before)
+    assert batches.trial.kept(4096) is not slow
+    each = 2 * (RATES.saves(4096, 409.6) - RATES.saves(4096, 2048))  # by turns as it is expected
+    assert saved == pytest.approx([each] * 5 + [0.0 if slow else each] * 3)

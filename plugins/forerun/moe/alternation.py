@@ -89,6 +89,11 @@ class Alternation:
         _logger.info("batches of %s", self.told(tokens))
         return size.ours
 
+    def kept(self, tokens: int) -> bool | None:
+        """Whether our way is kept for batches of so many tokens; None: it is not known yet."""
+        size = self._sizes.get(tokens.bit_length())
+        return None if size is None else size.ours
+
     def state(self) -> list[str]:
         """What was decided, or that it is not yet, a line for each size of batches."""
         return [self._told(bits, size) for bits, size in sorted(self._sizes.items())]

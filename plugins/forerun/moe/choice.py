@@ -36,10 +36,14 @@ class Rates:
     summed: tuple[float, float]
     spread: tuple[float, float, float]
 
-    def gains(self, tokens: int, rows: float) -> bool:
-        """Whether spreading so many tokens takes less, if so many rows leave their rank in all."""
+    def saves(self, tokens: int, rows: float) -> float:
+        """Seconds that spreading so many tokens takes less, if so many rows leave their rank in all."""
         ours = self.spread[0] + self.spread[1] * tokens + self.spread[2] * rows
-        return ours < self.summed[0] + self.summed[1] * tokens
+        return self.summed[0] + self.summed[1] * tokens - ours
+
+    def gains(self, tokens: int, rows: float) -> bool:
+        """Whether it takes less."""
+        return self.saves(tokens, rows) > 0
 
 
 class Choice:
@@ -52,6 +56,7 @@ class Choice:
 
     def __init__(self, rates: Rates | None, expected: float) -> None:
         self._rates, self.expected = rates, expected
+        self.unplanned = expected  # the same where experts lie in order
         self._passed = 0
 
     @property
@@ -69,6 +74,13 @@ class Choice:
             return False
         self._passed = 0
         return True
+
+    def saves(self, tokens: int) -> float:
+        """Seconds that a batch of so many tokens takes less than without a plan, but for its experts."""
+        if self._rates is None:
+            return 0.0
+        planned, unplanned = (self._rates.saves(tokens, tokens * rows) for rows in (self.expected, self.unplanned))
+        return max(0.0, planned) - max(0.0, unplanned)
 
     def saw(self, sent: float, tokens: int) -> None:
         """Each of so many tokens sent so many rows on the mean; the same on all ranks."""

@@ -4,7 +4,8 @@ Turned on by the section `speculative_moe` of FORERUN_SGLANG, see `forerun.moe.s
 started as ever with `--tp R --ep R`. A layer's tokens are spread over the ranks between attention and experts, where
 that is expected to take less than stock's two sums over all ranks, and is found to: `sglang_spread.py` is the way,
 `choice.py` what is expected, `sglang_batches.py` has the trial. Experts are loaded where the plan has them, whatever
-the way. `/server_info` tells what each layer did and sent, under `internal_states[...].forerun.speculative_moe`.
+the way, and lie in order again if that is found to cost more than it saves (`imbalance.py`). `/server_info` tells what
+each layer did and sent, under `internal_states[...].forerun.speculative_moe`.
 
 Prefill, decode, radix cache and chunked prefill are stock's. The result is stock's but for roundings: products of
 matrices have other numbers of rows, and sums another order.
@@ -23,7 +24,7 @@ taken.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,13 +40,15 @@ from forerun.moe.dispatch import uniform_fan_out
 from forerun.moe.exchange import exchanged
 from forerun.moe.foresight import Foresight, even
 from forerun.moe.identity import Identity
+from forerun.moe.imbalance import ExpertTimes, Ledger
+from forerun.moe.imbalance import measure as measure_experts
 from forerun.moe.pieces import Pieces
 from forerun.moe.plan import Plan
 from forerun.moe.requests import Arrivals
 from forerun.moe.scatter import gather, scatter_sum
 from forerun.moe.sglang_batches import Batches
 from forerun.moe.sglang_config import Section
-from forerun.moe.sglang_live import Watch, replace
+from forerun.moe.sglang_live import Watch, replace, steps
 from forerun.moe.sglang_spread import Ranks, Spread
 from forerun_adapters import sglang_moe as host
 from forerun_adapters import sglang_shared as shared
@@ -91,11 +94,15 @@ class Speculation:
         self.spread: dict[int, Spread] = {}  # by the layer's number in the model
         self._batches: Batches | None = None  # when its model was loaded
         self.rates: Rates | None = None
+        self.times: ExpertTimes | None = None
+        self._ledger: Ledger | None = None  # of the last plan that was followed
         self.moved = 0  # bytes of experts that left this rank
-        self.laid_aside = False  # whether there was a plan that no batch is expected to be sooner by
+        self.laid_aside = False  # whether there was a plan that is of no use on this link, or to these requests
         self.whole = 0  # bytes of shared experts, held beside this rank's slices
         self._place = {} if plan is None else _places(plan)
         self._found: dict[int, Any] = {}  # SGLang's experts of each layer
+        self._watch: Watch | None = None
+        self._moving: Iterator[int] | None = None  # experts on their way back to their order
 
     def local(self, stock: Callable[..., int], experts: Any, expert: int) -> int:
         """Around SGLang's question which place of a rank an expert is loaded into."""
@@ -122,15 +129,15 @@ class Speculation:
         self._install(found, next(runner.model.parameters()))
         if self.asked.watch and self.asked.plan is not None:
             path, misfit = Path(self.asked.plan), partial(self._misfit, runner, found)
-            assert self._batches is not None
-            self._batches.between = Watch(path, self.asked.watch, self.taken, misfit)
+            self._watch = Watch(path, self.asked.watch, self.taken, misfit)
         return result
 
     def forward(self, stock: Callable[..., Any], runner: Any, batch: Any, *rest: Any, **named: Any) -> Any:
         """Around a model's forward pass."""
         if self._batches is None or runner.is_draft_worker:
             return stock(runner, batch, *rest, **named)
-        return self._batches.run(*host.batch_of(batch), partial(stock, runner, batch, *rest, **named))
+        forward = partial(stock, runner, batch, *rest, **named)
+        return self._batches.run(*host.batch_of(batch), forward, host.each_of(batch))
 
     def taken(self, plan: Plan) -> None:
         """Moves experts to where another plan has them; all ranks call it between the same two batches."""
@@ -151,7 +158,10 @@ class Speculation:
             "expected_rows": {str(number): one.choice.expected for number, one in self.spread.items()},
             "rates": None if self.rates is None else asdict(self.rates),
             "trial": [] if self._batches is None or self._batches.trial is None else self._batches.trial.state(),
+            "expert_times": None if self.times is None else asdict(self.times),
+            "ledger": None if self._ledger is None else self._ledger.state(),
             "laid_aside": self.laid_aside,
+            "moving": self._moving is not None,
             "in_pieces": self._batches is not None and self._batches.ranks.pieces.slow,
             "moved_bytes": self.moved,
             "shared_bytes": self.whole,
@@ -184,7 +194,9 @@ class Speculation:
         pieces = Pieces(host.group())
         ranks = Ranks(host.group(), host.rank(), host.ranks(), self.asked.exact, host.apart(), nothing, pieces)
         width = int(found[0].experts.hidden_size)
-        self.rates = _measured(ranks, width, like) if self.asked.choose else None
+        if self.asked.choose:
+            self.rates = _measured(ranks, width, like)
+            self.times = None if self.plan is None else _experts_measured(ranks, found[0].experts, width, like)
         for at, one in enumerate(found):
             place = self._place.get(one.number)
             place = None if place is None else place.to(like.device)
@@ -196,6 +208,7 @@ class Speculation:
             if one.shared is not None:
                 self.whole += shared.hold(one.shared, spread, host.group())
         self._batches = Batches(ranks, list(self.spread.values()), like.device, self._trial(ranks))
+        self._batches.useless, self._batches.between = self._lay_aside, self._between
         self._follow(self.plan)
         _log.info("forerun: %d layers of sglang %s are speculated, %s", len(found), RELEASE, self.rates or "always")
 
@@ -209,13 +222,52 @@ class Speculation:
         self._foresee()
         if plan is not None and self.rates is not None:
             rates, most = self.rates, host.most_tokens()
-            self.laid_aside = not any(rates.gains(most, most * one.choice.expected) for one in self.spread.values())
-        if self.laid_aside:
-            _log.warning("forerun: the plan is laid aside: over this link SGLang's own sums take less for any batch")
-            self.plan = None
-            self._foresee()
-        self._place = {} if self.plan is None else _places(self.plan)
-        self.moved += replace(self._found, self.spread, self.plan)
+            if not any(rates.gains(most, most * one.choice.expected) for one in self.spread.values()):
+                self._no_use("over this link SGLang's own sums take less for any batch")
+        self._place_experts()
+
+    def _lay_aside(self) -> None:
+        """Between two batches: the plan saves less than it costs, by the batches that were counted."""
+        assert self._batches is not None
+        assert self._ledger is not None
+        told = self._ledger.state()
+        self._no_use(
+            f"in {told['batches']} batches it saves {told['saved']:.3f} s on the wire, "
+            f"and its ranks' imbalance costs {told['cost']:.3f} s"
+        )
+        self._batches.ledger = self._batches.trial = None
+        self._moving = steps(self._found, self.spread, None)
+
+    def _between(self) -> None:
+        """A batch begins."""
+        if self._watch is not None:
+            self._watch()
+        if self._moving is not None:
+            left = next(self._moving, None)
+            self._moved(left or 0)
+            if left is None:  # what was sooner by the plan says nothing
+                assert self._batches is not None
+                self._moving, self._batches.trial = None, self._trial(self._batches.ranks)
+
+    def _no_use(self, why: str) -> None:
+        _log.warning("forerun: the plan is laid aside: %s", why)
+        self.plan, self.laid_aside = None, True
+        self._foresee()
+
+    def _place_experts(self) -> None:
+        """Experts where the plan has them, or in order, at once."""
+        assert self._batches is not None
+        ranks, self._batches.ledger, self._moving = self._batches.ranks, None, None
+        self._moved(replace(self._found, self.spread, self.plan))
+        if self.plan is not None and self.times is not None:
+            place = torch.stack([one.place for one in self.spread.values() if one.place is not None])
+            self._batches.ledger = self._ledger = Ledger(self.times, place, ranks.size, ranks.group)
+
+    def _moved(self, left: int) -> None:
+        """So many bytes of experts left this rank; weights that are loaded from now on go where they lie."""
+        self.moved += left
+        places = {number: one.place for number, one in self.spread.items()}
+        self._place = {number: place.cpu() for number, place in places.items() if place is not None}
 
     def _foresee(self) -> None:
         """What the plan says of tokens, to all layers."""
@@ -224,12 +276,14 @@ class Speculation:
         size, shuffled = ranks.size, self.plan if self.asked.shuffle and not ranks.apart else None
         ranks.foresight = Foresight(shuffled, range(size))
         for number, one in self.spread.items():
-            one.choice.expected = self._expected(one.layer, one.experts, host.top_k_of(self._found[number]), size)
+            shape = one.experts, host.top_k_of(self._found[number]), size
+            one.choice.expected = self._expected(self.plan, one.layer, *shape)
+            one.choice.unplanned = self._expected(None, one.layer, *shape)
 
-    def _expected(self, at: int, experts: int, top_k: int, size: int) -> float:
+    def _expected(self, plan: Plan | None, at: int, experts: int, top_k: int, size: int) -> float:
         """Rows that a token is expected to send to other ranks, half of both ways together."""
         fan_out, local = uniform_fan_out(experts, size, top_k), 1 / size
-        report = None if self.plan is None else self.plan.layers[at]
+        report = None if plan is None else plan.layers[at]
         if report is not None and report.fan_out is not None:
             fan_out = report.fan_out
         shuffled = self.asked.shuffle and report is not None
@@ -251,6 +305,8 @@ def _forward(experts: Any, stock: Callable[[Any], Any], hidden: Tensor, answer: 
     spread: Spread = experts.forerun_spread
     if spread.under_way:
         return spread.answer(hidden, *host.routed(answer), partial(host.computed, experts))
+    if spread.ranks.counting:
+        spread.saw(host.routed(answer)[1])
     return stock(answer if spread.place is None else host.placed(answer, spread.place))
 
 
@@ -283,5 +339,20 @@ def _measured(ranks: Ranks, width: int, like: Tensor) -> Rates:
         for _ in range(2):
             exchanged(rows(sum(each)), each, each, ranks.group)
 
-    wait = torch.cuda.synchronize if like.device.type == "cuda" else lambda: None
-    return measure(summed, spread, ranks.group, wait=wait)
+    return measure(summed, spread, ranks.group, wait=_waiting(like))
+
+
+def _experts_measured(ranks: Ranks, experts: Any, width: int, like: Tensor) -> ExpertTimes:
+    """What the experts of a layer take, as they lie now."""
+    each = host.experts_of(experts) // ranks.size
+    every = torch.arange(each, device=like.device)
+
+    def compute(rows: int) -> None:
+        number = every.repeat_interleave(rows)
+        host.computed(experts, torch.zeros(len(number), width, dtype=like.dtype, device=like.device), number)
+
+    return measure_experts(compute, each, ranks.group, wait=_waiting(like))
+
+
+def _waiting(like: Tensor) -> Callable[[], None]:
+    return torch.cuda.synchronize if like.device.type == "cuda" else lambda: None

@@ -1,13 +1,14 @@
-"""Experts moved to where another plan has them, while an SGLang server goes on serving: the plan's file is replaced.
+"""Experts moved to where another plan has them, while an SGLang server goes on serving.
 
-After so many batches the first rank looks at the file and tells the others; where it has changed all ranks load it and
-move experts between the same two batches. A file that is no plan of this model is reported, and the old plan stays.
+The plan's file may be replaced: after so many batches the first rank looks at the file and tells the others; where it
+has changed all ranks load it and move experts between the same two batches. A file that is no plan of this model is
+reported, and the old plan stays.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from forerun.moe.agreement import agree
-from forerun.moe.move import move
+from forerun.moe.move import move, toward
 from forerun.moe.plan import Plan
 from forerun.moe.sglang_spread import Spread
 from forerun_adapters import sglang_moe as host
 
-__all__ = ["Watch", "replace"]
+__all__ = ["Watch", "replace", "steps"]
 
 _log = logging.getLogger(__name__)
+_STEP = 2  # experts of a layer that a rank takes between two batches
 
 
 class Watch:
@@ -77,27 +79,41 @@ class Watch:
         self._taken(plan)
 
 
-@torch.no_grad()
 def replace(found: Mapping[int, Any], spread: Mapping[int, Spread], plan: Plan | None) -> int:
-    """Moves every layer's experts; all ranks call it alike.
+    """Moves every layer's experts at once; arguments and errors are those of `steps`.
+
+    Returns:
+        Bytes that left this rank.
+    """
+    return sum(steps(found, spread, plan, max(one.experts for one in spread.values())))
+
+
+def steps(
+    found: Mapping[int, Any], spread: Mapping[int, Spread], plan: Plan | None, most: int = _STEP
+) -> Iterator[int]:
+    """Moves experts bit by bit, so that batches can run in between; all ranks take every step alike.
 
     Args:
         found: SGLang's experts of each layer, by its number.
         spread: What each layer carries.
         plan: Where experts shall lie; None: in their order.
+        most: Experts of a layer that a rank takes in a step.
 
-    Returns:
+    Yields:
         Bytes that left this rank.
 
     Raises:
         RuntimeError: A rank is lost: the server is of no use from then on.
     """
-    left = 0
     for number, one in spread.items():
         in_order = torch.arange(one.experts)
-        before = in_order if one.place is None else one.place.cpu().argsort()
+        at = in_order if one.place is None else one.place.cpu().argsort()
         after = in_order if plan is None else torch.from_numpy(plan.order[one.layer])
-        left += move(host.weights(found[number]), before, after, one.ranks.group)
-        place: Tensor = after.argsort()
-        one.place = None if plan is None else place.to(next(found[number].parameters()).device)
-    return left
+        while not at.equal(after):
+            to = toward(at, after, one.ranks.size, most)
+            left = move(host.weights(found[number]), at, to, one.ranks.group)
+            place: Tensor = to.argsort()
+            one.place, at = place.to(next(found[number].parameters()).device), to
+            yield left
+        if plan is None:
+            one.place = None

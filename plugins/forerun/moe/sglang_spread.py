@@ -9,7 +9,7 @@ Under data-parallel attention tokens are on a rank of their own already: nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,6 +40,8 @@ class Ranks:
         apart: Whether attention is data-parallel: each rank has tokens of its own.
         foresight: Where tokens go.
         pieces: In which tokens go to the rank that asks their experts, and come back.
+        each: Of each rank, tokens of the batch that runs, where each has its own: SGLang may fill them up behind.
+        counting: Whether that batch is counted by experts.
     """
 
     group: Group
@@ -49,6 +51,8 @@ class Ranks:
     apart: bool
     foresight: Foresight
     pieces: Pieces
+    each: Sequence[int] = ()
+    counting: bool = False
 
 
 @dataclass
@@ -86,6 +90,7 @@ class Spread:
     counted: Counted = field(default_factory=Counted)
     chosen: bool = False  # for the batch that runs
     under_way: bool = False  # between `begin` and `end`: the layer's experts are asked about this rank's tokens
+    asked: Tensor | None = None  # [E] of a batch that is counted: pairs of each expert, once over all ranks together
     _there: Shuffle | None = None
     _away: Tensor | None = None  # [n] rows that each of this rank's tokens sent
     _seen: Tensor | None = None  # [n] the rank of most of each token's experts
@@ -124,6 +129,16 @@ class Spread:
         ranks = self.ranks
         return scatter_sum(part, self._there, ranks.group, ranks.pieces), chunk(residual, self._there, ranks.rank)
 
+    def saw(self, expert: Tensor) -> None:
+        """A batch goes stock's way: each rank has all tokens' experts, `[n, k]`, below 0: none; the first counts."""
+        ranks = self.ranks
+        if not ranks.counting or ranks.rank:
+            return
+        most = max(ranks.each, default=0)
+        if ranks.each and len(expert) == ranks.size * most:  # filled up to as many on each rank
+            expert = torch.cat([part[:own] for part, own in zip(expert.split(most), ranks.each, strict=True)])
+        self._count_asked(expert)
+
     def answer(
         self, hidden: Tensor, weight: Tensor, expert: Tensor, compute: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
@@ -136,6 +151,11 @@ class Spread:
             compute: Answers rows `[p, H]`, each by the expert of that number among this rank's, `[p]`.
         """
         ranks, top_k = self.ranks, expert.shape[1]
+        if ranks.each and ranks.each[ranks.rank] < len(expert):
+            expert = expert.clone()
+            expert[ranks.each[ranks.rank] :] = -1  # of what is no token nobody is asked
+        if ranks.counting:
+            self._count_asked(expert)
         flat = expert.flatten().long()
         held = flat if self.place is None else torch.where(flat < 0, flat, self.place[flat.clamp(min=0)])
         order = held.argsort(stable=True)
@@ -188,6 +208,10 @@ class Spread:
     def end(self) -> None:
         """The batch is through the layer."""
         self.under_way, self._there, self._away, self._seen = False, None, None, None
+
+    def _count_asked(self, expert: Tensor) -> None:
+        flat = expert.flatten().long()
+        self.asked = torch.bincount(flat[flat >= 0], minlength=self.experts)
 
     def _note(self, token: Tensor, place: Tensor, tokens: int) -> None:
         """What of this rank's tokens travels along with them when all come together."""

@@ -9,7 +9,7 @@
 - The value that the native attention backend fills the lengths of padding with.
 - Context-parallel strategies under the native attention backend, for benchmarks that set FORERUN_CPU_STRATEGIES.
 - A link so slow that spread tokens are expected to gain, for tests that set FORERUN_CPU_SLOW_SUMS: as if stock's sums
-  took a second.
+  took a second; with `large`, as if they took that for a hundred tokens, and tokens that are spread for any number.
 - `torch.cuda.current_stream`, which a prefill under context parallelism asks for on any device.
 
 Remove each when SGLang runs expert and context parallelism on any CPU.
@@ -46,8 +46,10 @@ def register() -> None:
     if os.environ.get("FORERUN_CPU_SLOW_SUMS"):
         from forerun.moe import choice
 
+        large = os.environ["FORERUN_CPU_SLOW_SUMS"] == "large"
+        told: dict[str, Any] = {"summed": (0.0, 0.01), "spread": (1.0, 0.0, 0.0)} if large else {"summed": (1.0, 0.0)}
         measure = choice.measure
-        choice.measure = lambda *given, **named: replace(measure(*given, **named), summed=(1.0, 0.0))
+        choice.measure = lambda *given, **named: replace(measure(*given, **named), **told)
     if not torch.cuda.is_available():
         torch.cuda.current_stream = lambda device=None: None
 

@@ -1,0 +1,71 @@
+"""What a plan costs by its ranks' imbalance, batch by batch, beside what it saves."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import ran
+
+from forerun.moe.imbalance import ExpertTimes, Ledger, measure
+
+TIMES = ExpertTimes(alone=(1.0, 0.5), together=(1.5, 1.0))
+IN_ORDER = torch.arange(4).expand(1, 4)
+CROSSED = torch.tensor([[0, 2, 1, 3]])  # experts 0 and 2 on the first of two ranks
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "in_order", "crossed"),
+    [
+        (
+            [8, 8, 0, 0],
+            2 * 1.0 + 16 * 0.5,
+            (2 * 1.5 + 16 * 1.0) / 2,
+        ),  # all at once takes longer than half of them alone
+        ([8, 0, 8, 0], (2 * 1.5 + 16 * 1.0) / 2, 2 * 1.0 + 16 * 0.5),
+        ([8, 0, 0, 0], 1.0 + 8 * 0.5, 1.0 + 8 * 0.5),
+        ([0, 0, 0, 0], 0.0, 0.0),
+    ],
+)
+def test_a_layer_takes_as_long_as_its_busiest_rank_or_all_at_once(pairs, in_order, crossed):
+    told = torch.tensor([pairs])
+    assert TIMES.seconds(told, IN_ORDER, 2).tolist() == [in_order]
+    assert TIMES.seconds(told, CROSSED, 2).tolist() == [crossed]
+
+
+@pytest.mark.parametrize(("pairs", "worth"), [([8, 8, 0, 0], True), ([8, 0, 8, 0], False)])
+def test_what_is_not_worth_its_imbalance_is_told(group, pairs, worth):
+    ledger = Ledger(TIMES, CROSSED, 2, batches=3)
+    assert [ledger.saw(torch.tensor([pairs]), 0.1) for _ in range(3)] == [None, None, worth]
+    least, most = sorted((2 * 1.0 + 16 * 0.5, (2 * 1.5 + 16 * 1.0) / 2))
+    cost = 3 * (least - most if worth else most - least)
+    assert ledger.state() == {"batches": 3, "saved": pytest.approx(0.3), "cost": pytest.approx(cost)}
+
+
+def test_what_saves_more_than_it_costs_is_kept_and_looked_at_again(group):
+    ledger = Ledger(TIMES, CROSSED, 2, batches=2)
+    assert [ledger.counts() for _ in range(4)] == [True] * 4
+    costs = torch.tensor([[8, 0, 8, 0]])
+    assert [ledger.saw(costs, 10.0), ledger.saw(costs, 0.0)] == [None, True]
+    assert [ledger.counts() for _ in range(32)].count(True) == 2  # one of sixteen from then on
+    assert [ledger.saw(costs, 0.0), ledger.saw(costs, 0.0)] == [None, False]  # what was saved before is spent
+
+
+def test_experts_are_timed_alone_and_together(group):
+    times = measure(lambda rows: time.sleep(4 * (0.002 + 0.001 * rows)), 4)
+    for each, row in (times.alone, times.together):
+        assert 0.0018 < each < 0.01
+        assert 0.0009 < row < 0.003
+
+
+def test_ranks_answer_alike(tmp_path):
+    codes, outputs = ran("imbalance_program.py", 2, [str(tmp_path / "store"), "{rank}"], 200)
+    assert codes == [0, 0], "\n".join(outputs)[-3000:]
+    assert len(set(outputs)) == 1
