@@ -75,6 +75,13 @@ def test_a_batch_that_fails_leaves_nothing_chosen():
     assert ran(batches, 4096) == [True]
 
 
+@pytest.mark.parametrize(("ids", "each", "known"), [(8, [8], [8]), (0, [0], [0]), (16, [8], ()), (None, [8], ())])
+def test_tokens_of_a_rank_are_those_of_its_ids_or_not_known(ids, each, known):
+    batches, seen = made([0.1]), []
+    batches.run(8, None if ids is None else torch.zeros(ids), lambda: seen.append(batches.ranks.each), each)
+    assert seen == [known]
+
+
 def test_what_lies_between_batches_is_called_before_each():
     batches, called = made([0.1]), []
     batches.between = lambda: called.append(len(called))

@@ -51,7 +51,7 @@ class Batches:
             everywhere: Its tokens on all ranks together.
             ids: Of those on this rank, if known.
             forward: Runs the model.
-            each: Tokens of each rank, under data-parallel attention.
+            each: Tokens of each rank, under data-parallel attention; left aside where they are not as many as the ids.
         """
         self.between()
         chosen = [layer for layer in self.layers if everywhere and layer.choice.spreads(everywhere)]
@@ -61,7 +61,8 @@ class Batches:
             for layer in chosen:
                 layer.chosen = True
         counting = self.ledger is not None and everywhere > 0 and self.ledger.counts()
-        self.ranks.each, self.ranks.counting = each, counting
+        told = bool(each) and ids is not None and each[self.ranks.rank] == len(ids)
+        self.ranks.each, self.ranks.counting = each if told else (), counting
         try:
             result = forward()
         finally:
