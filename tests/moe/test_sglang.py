@@ -177,7 +177,6 @@ def test_mixtral_is_served_or_refused(tmp_path):
     assert case.server.members() == []
 
 
-@pytest.mark.soak
 def test_a_plan_that_no_batch_would_be_sooner_by_is_laid_aside(tmp_path):
     """Whether one would be is told by what was timed at the start; tokens are the same, batches overlapped."""
     case = Case(tmp_path, "Qwen3Moe", config={"speculative_moe": {}}, disable_overlap_schedule=None)

@@ -72,14 +72,13 @@ class Ledger:
         self._times, self._place, self._ranks, self._group, self._batches = times, place, ranks, group, batches
         self._in_order = torch.arange(place.shape[1], device=place.device).expand_as(place)
         self._seen = self._counted = 0
-        self._first = True
         self.saved = self.cost = 0.0  # s, of all batches counted so far
         self._before = (0.0, 0.0)  # at the last answer
 
     def counts(self) -> bool:
         """Whether the batch that begins is counted."""
         self._seen += 1
-        return self._first or self._seen % _EACH == 0
+        return self._counted < self._batches or self._seen % _EACH == 0
 
     def saw(self, pairs: Tensor, saved: float) -> bool | None:
         """A batch that is counted is through.
@@ -93,8 +92,10 @@ class Ledger:
         """
         told = pairs.clone()
         dist.all_reduce(told, group=self._group)
-        taken = (self._times.seconds(told, place, self._ranks).sum() for place in (self._place, self._in_order))
-        self.cost += float(next(taken)) - float(next(taken))
+        planned, in_order = (
+            float(self._times.seconds(told, place, self._ranks).sum()) for place in (self._place, self._in_order)
+        )
+        self.cost += planned - in_order
         self.saved += saved
         self._counted += 1
         if self._counted % self._batches:
@@ -102,7 +103,7 @@ class Ledger:
         since = [now - before for now, before in zip((self.saved, self.cost), self._before, strict=True)]
         both = torch.tensor(since, dtype=torch.float64, device=pairs.device)
         dist.all_reduce(both, group=self._group)  # so that no rounding parts the ranks
-        self._first, self._before = False, (self.saved, self.cost)
+        self._before = self.saved, self.cost
         return bool(both[0] >= both[1])
 
     def state(self) -> dict[str, float]:

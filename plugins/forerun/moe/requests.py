@@ -68,8 +68,9 @@ class Arrivals:
 
     A rank has room while its tokens, older ones counting less and less, are at most `limit` times the mean with the
     request on it, or while no other rank has fewer. Requests that come together answer together, token by token, and
-    the rank with most of them is waited for: so they go to the ranks in turn, and out of turn by one request at most,
-    where as many tokens' experts as an answer may be long are expected there and nowhere whose turn it is.
+    the rank with most of them is waited for: so they go to the ranks in turn. Out of turn they go where as many tokens'
+    experts as an answer may be long are expected there and nowhere whose turn it is, to a rank that is at most one
+    request ahead of the mean; what it is ahead by further than one counts less and less.
 
     Args:
         plan: Whose ranks they are spread over.
