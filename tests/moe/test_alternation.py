@@ -84,6 +84,15 @@ def test_one_batch_that_took_long_decides_nothing():
     assert trial.begin(4, CPU)
 
 
+def test_batches_of_more_tokens_by_chance_do_not_make_a_way_slower():
+    trial = Alternation(3)
+    for tokens in (4, 4, 7, 4, 7, 4, 4, 7):  # ours takes 0.8 of the other's time, and has longer batches
+        each = (0.8 if trial.begin(tokens, CPU) else 1) * SLOW
+        time.sleep(each * tokens)
+        trial.end(tokens)
+    assert trial.begin(4, CPU)
+
+
 def test_what_was_decided_is_tried_again():
     trial = Alternation(1, again=10, way="spread", other="stock")
     assert trial.state() == []

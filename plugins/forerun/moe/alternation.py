@@ -1,16 +1,19 @@
 """Whether what should be sooner is: two ways by turns, on batches of like size, and the sooner one from then on.
 
 Both ways give the same answer, so nothing is run twice. The ranks of a group, which have the same batches, add up what
-they measured and decide alike: after a few turns where one way clearly takes longer, after all of them otherwise. As
-links and loads change, what was decided is tried again after many batches.
+they measured and decide alike: after a few turns where one way clearly takes longer, after all of them otherwise. By
+turns does not mean of one size: what more tokens take is taken off before the ways are compared. As links and loads
+change, what was decided is tried again after many batches.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from itertools import chain, combinations
+from statistics import fmean, median
 
 import torch
 import torch.distributed as dist
@@ -25,12 +28,15 @@ _CLEAR = 1.25  # the longer time over the shorter one
 _AGAIN = 4096  # batches of a size until it is tried again
 
 
+_Seen = tuple[int, float]  # tokens of a batch, seconds that it took
+
+
 @dataclass
 class _Size:
     """Batches of one size, to a power of two."""
 
     batches: int = 0
-    seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # of the other way, of ours
+    seen: tuple[list[_Seen], list[_Seen]] = field(default_factory=lambda: ([], []))  # of the other way, of ours
     medians: tuple[float, float] = (0.0, 0.0)  # s, when it was decided
     ours: bool | None = None  # None: not decided
 
@@ -60,7 +66,7 @@ class Alternation:
             size.batches += 1
             return size.ours
         if size.ours is not None:
-            size.ours, size.batches, size.seconds = None, 0, ([], [])
+            size.ours, size.batches, size.seen = None, 0, ([], [])
         ours = size.batches % 2 == 0
         self._running = size, ours, device, _now(device)
         return ours
@@ -75,12 +81,12 @@ class Alternation:
             return None
         (size, ours, device, start), self._running = self._running, None
         if size.batches >= 2:
-            size.seconds[ours].append(_now(device) - start)
+            size.seen[ours].append((tokens, _now(device) - start))
         size.batches += 1
         turns = size.batches / 2 - 1
         if turns not in (_FEW, self._turns):
             return None
-        told = torch.tensor([median(spent) for spent in size.seconds], dtype=torch.float64, device=device)
+        told = torch.tensor(_typical(size.seen), dtype=torch.float64, device=device)
         dist.all_reduce(told, group=self._group)
         other, way = (told / dist.get_world_size(self._group)).tolist()
         if turns < self._turns and max(other, way) < _CLEAR * min(other, way):
@@ -109,6 +115,20 @@ class Alternation:
             return f"{tokens}: {way} and {other} by turns, {size.batches} batches so far"
         spent = f"{way} {size.medians[1] * 1e3:.2f} ms, {other} {size.medians[0] * 1e3:.2f} ms"
         return f"{tokens}: {spent}; {self._names[bool(size.ours)]} is kept"
+
+
+def _typical(seen: Sequence[Sequence[_Seen]]) -> list[float]:
+    """The median seconds of each way, on as many tokens as its batches and the others' had in the mean.
+
+    A further token takes the median of what it took between any two batches of a way (the Theil-Sen estimator).
+    """
+    pairs = chain.from_iterable(combinations(way, 2) for way in seen)
+    slopes = [
+        (spent - its) / (tokens - its_tokens) for (tokens, spent), (its_tokens, its) in pairs if tokens != its_tokens
+    ]
+    further = max(0.0, median(slopes or [0.0]))
+    middle = fmean(tokens for tokens, _ in chain.from_iterable(seen))
+    return [median(spent - further * (tokens - middle) for tokens, spent in way) for way in seen]
 
 
 def _now(device: torch.device) -> float:
