@@ -224,10 +224,10 @@ def weights(experts: Any) -> list[list[Tensor]]:
     return [list(tensor) for tensor in held if tensor.ndim and len(tensor) == experts.num_local_experts]
 
 
-def routing(rank_of: Callable[[Any], int]) -> Hook:
+def routing(rank_of: Callable[[Any], int | None]) -> Hook:
     """A hook by which each request goes to the data-parallel rank that its token ids are given.
 
-    But for those whose sender, or a health check, says which rank answers.
+    But for those that are given none, and those whose sender, or a health check, says which rank answers.
     """
 
     def name(request: Any) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.client import HTTPException
 from importlib import metadata
 from urllib.error import HTTPError
@@ -314,20 +315,60 @@ def assert_tried_where_a_gain_is_expected(case, *, for_certain):
 @pytest.mark.soak
 @pytest.mark.skipif(OLDEST, reason="stock fails, as test_the_oldest_has_no_data_parallel_attention_on_a_cpu shows")
 def test_requests_go_where_their_experts_are_expected(tmp_path):
-    case = Case(tmp_path, "Qwen3Moe", dp=2, enable_dp_attention=True)
+    """By the plan that is followed: the first one, and another one in its place."""
+    config = {"speculative_moe": {"choose": False, "watch": 1}}
+    case = Case(tmp_path, "Qwen3Moe", config=config, dp=2, enable_dp_attention=True)
     try:
         case.server.ready(400)
         asked = prompts([2, 3, 4] * 8, seed=4)  # so few tokens that they prefer one rank or the other
-        homes = Arrivals(case.plan)
-        expected = [homes.rank(prompt) for prompt in asked]
-        assert len(set(expected)) == 2
-        found = []
-        for prompt in asked:
-            body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
-            found.append(json.loads(case.server.call("/generate", body))["meta_info"]["dp_rank"])
-        assert found == expected
+        first = homes(case.plan, asked)
+        assert len(set(first)) == 2
+        assert answered_by(case.server, asked) == first
+        told = case.plan
+        other = replace(
+            told, rank=1 - told.rank, share=told.share[..., ::-1], prior=told.prior[:, ::-1]
+        )  # turned round
+        other.save(tmp_path / "plan.safetensors")
+        case.server.generate([5], 2)
+        assert answered_by(case.server, asked) == homes(other, asked) != first
     finally:
         case.server.close()
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(OLDEST, reason="stock fails, as test_the_oldest_has_no_data_parallel_attention_on_a_cpu shows")
+def test_requests_are_balanced_by_sglang_once_the_plan_is_laid_aside(tmp_path):
+    """It is as soon as it has cost more than it saves; which rank is nearest does not matter from then on."""
+    large = {"FORERUN_CPU_SLOW_SUMS": "large"}
+    flags = {
+        "dp": 2,
+        "enable_dp_attention": True,
+        "boundary_reduction": "rs",
+    }  # what SGLang takes otherwise is for NCCL
+    case = Case(tmp_path, "Qwen3Moe", uneven=True, config={"speculative_moe": {}}, environment=large, **flags)
+    try:
+        case.server.ready(400)
+        asked = prompts([2, 3, 4] * 8, seed=4)
+        assert answered_by(case.server, asked) == homes(case.plan, asked)
+        assert at_once(case.server, prompts(MIXED), 96) == case.expected(prompts(MIXED), 96)
+        (told,) = {json.dumps(state["speculative_moe"]["laid_aside"]) for state in case.server.info()}
+        assert told == "true"
+        found = answered_by(case.server, asked)
+        assert found in ([0, 1] * 12, [1, 0] * 12)  # in turn, as stock's
+    finally:
+        case.server.close()
+
+
+def homes(plan, asked):
+    arrivals = Arrivals(plan)
+    return [arrivals.rank(prompt) for prompt in asked]
+
+
+def answered_by(server, asked):
+    """The data-parallel rank that answered each of these prompts, one after the other."""
+    sampling = {"temperature": 0, "max_new_tokens": 2}
+    bodies = [{"input_ids": prompt, "sampling_params": sampling} for prompt in asked]
+    return [json.loads(server.call("/generate", body))["meta_info"]["dp_rank"] for body in bodies]
 
 
 @pytest.mark.soak

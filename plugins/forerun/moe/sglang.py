@@ -44,11 +44,11 @@ from forerun.moe.imbalance import ExpertTimes, Ledger
 from forerun.moe.imbalance import measure as measure_experts
 from forerun.moe.pieces import Pieces
 from forerun.moe.plan import Plan
-from forerun.moe.requests import Arrivals
 from forerun.moe.scatter import gather, scatter_sum
 from forerun.moe.sglang_batches import Batches
 from forerun.moe.sglang_config import Section
 from forerun.moe.sglang_live import Watch, replace, steps
+from forerun.moe.sglang_requests import Followed, Routes
 from forerun.moe.sglang_spread import Ranks, Spread
 from forerun_adapters import sglang_moe as host
 from forerun_adapters import sglang_shared as shared
@@ -68,17 +68,18 @@ def hooks(section: Mapping[str, Any]) -> Sequence[Hook]:
     """
     asked = Section.read(section)
     plan = None if asked.plan is None else Plan.load(Path(asked.plan))
-    speculation = Speculation(asked, plan)
+    followed = Followed() if plan is not None and asked.shuffle else None
+    speculation = Speculation(asked, plan, followed)
     needed = [
         Hook(host.LOADED, speculation.loaded),
         Hook(host.FORWARD, speculation.forward),
         Hook(host.STATE, speculation.told, "after"),
     ]
-    if plan is None:
-        return needed
-    placing = Hook(host.LOCAL, speculation.local)
-    requests = [host.routing(Arrivals(plan).rank)] if asked.shuffle else []
-    return [*needed, placing, *requests]
+    if plan is not None:
+        needed.append(Hook(host.LOCAL, speculation.local))
+    if plan is not None and followed is not None:
+        needed.append(host.routing(Routes(Path(str(asked.plan)), plan, followed).rank))
+    return needed
 
 
 class Speculation:
@@ -87,10 +88,11 @@ class Speculation:
     Args:
         asked: The configuration.
         plan: Its plan.
+        followed: Is told which plan is followed; None: nobody asks.
     """
 
-    def __init__(self, asked: Section, plan: Plan | None) -> None:
-        self.asked, self.plan = asked, plan
+    def __init__(self, asked: Section, plan: Plan | None, followed: Followed | None = None) -> None:
+        self.asked, self.plan, self._followed = asked, plan, followed
         self.spread: dict[int, Spread] = {}  # by the layer's number in the model
         self._batches: Batches | None = None  # when its model was loaded
         self.rates: Rates | None = None
@@ -270,8 +272,10 @@ class Speculation:
         self._place = {number: place.cpu() for number, place in places.items() if place is not None}
 
     def _foresee(self) -> None:
-        """What the plan says of tokens, to all layers."""
+        """What the plan says of tokens, to all layers, and to who routes requests."""
         assert self._batches is not None
+        if self._followed is not None and host.rank() == 0:
+            self._followed.tell(self.plan)
         ranks = self._batches.ranks
         size, shuffled = ranks.size, self.plan if self.asked.shuffle and not ranks.apart else None
         ranks.foresight = Foresight(shuffled, range(size))
