@@ -9,12 +9,12 @@
   and is found to be.
 
 Models are those of the DeepSpeed benchmark (`moe_models.py`); with `-dp` attention is data-parallel, and the tokens are
-four requests' of a topic each instead of one's. Bytes of a rank are counted at its port, both sides the same way, and
-by layer as forerun tells them. Ranks are nodes of one server in network namespaces, joined by links without limit, of
-1 Gbit/s and of 100 Mbit/s, which needs root; `--links loopback` alone does not, but for data-parallel attention, whose
-nodes cannot share a host. Every way is asked by turns with a server of stock's, the other one paused meanwhile, and
-stands beside what that one took then. A case that is run replaces its own rows in `results/moe_sglang.json`; the
-picture shows all cases that are there.
+four requests' of a topic each instead of one's. They come while another one is answered, and so make one batch. Bytes
+of a rank are counted at its port, both sides the same way, and by layer as forerun tells them. Ranks are nodes of one
+server in network namespaces, joined by links without limit, of 1 Gbit/s and of 100 Mbit/s, which needs root; `--links
+loopback` alone does not, but for data-parallel attention, whose nodes cannot share a host. Every way is asked by turns
+with a server of stock's, the other one paused meanwhile, and stands beside what that one took then. A case that is run
+replaces its own rows in `results/moe_sglang.json`; the picture shows all cases that are there.
 
     python examples/benchmarks/moe_sglang.py [--models planted] [--ranks 2] [--links loopback] [--repeats 7]
 """
@@ -98,6 +98,11 @@ class Case(NamedTuple):
         random, block = np.random.default_rng(seed), moe_models.planted_routing(self.shape)[1]
         topics = random.permutation(moe_models.BLOCKS)
         return [random.choice(np.flatnonzero(block == one), self.length // len(topics)).tolist() for one in topics]
+
+    def first(self, client: Client, seed: int) -> float:
+        """Seconds to their first tokens: of several requests, which so make one batch, while another is answered."""
+        meanwhile = _prompt(self.shape, seed, 1) if self.apart else None
+        return client.batch(self.asked(seed), 1, meanwhile).first
 
 
 def _case(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -213,7 +218,7 @@ def _by_turns(
         for at, one in enumerate(both):
             with _awake(one):
                 port = sent(0) if names else 0
-                first[at].append(one.client.batch(case.asked(1 + seed), 1).first)
+                first[at].append(case.first(one.client, 1 + seed))
                 wire[at] += sent(0) - port if names else 0
     with _awake(other):
         after = other.client.layers()
@@ -267,7 +272,7 @@ def _settle(client: Client, case: Case) -> None:
     Sizes of batches that come seldom may still go by turns when the timing begins: `trial` of an entry tells.
     """
     for seed in range(45):
-        client.batch(case.asked(100 + seed), 1)
+        case.first(client, 100 + seed)
         if seed % 4 == 0:  # some forty tokens of prompts to each that is answered
             client.batch([_prompt(case.shape, 200 + 8 * seed + at, 16) for at in range(8)], 8)
         state = client.state()

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from sglang_ranks import Ranks
 
 __all__ = ["Answered", "Client"]
+
+_MEANWHILE = 4  # tokens of what is answered when others come
 
 
 class Answered(NamedTuple):
@@ -55,9 +58,16 @@ class Client:
         self._process.kill()
         self._process.wait(30)
 
-    def batch(self, prompts: list[list[int]], tokens: int) -> Answered:
-        """So many tokens to each of these prompts, which are asked together."""
-        return Answered(**self._ask("batch", {"prompts": prompts, "tokens": tokens}))
+    def batch(self, prompts: list[list[int]], tokens: int, meanwhile: list[int] | None = None) -> Answered:
+        """So many tokens to each of these prompts, which are asked together.
+
+        Args:
+            prompts: Token ids of each.
+            tokens: Of each answer.
+            meanwhile: A prompt that is being answered when they come, just after a token of it. A server that is idle
+                begins with the first of them that it sees, and has one batch or several of them by chance.
+        """
+        return Answered(**self._ask("batch", {"prompts": prompts, "tokens": tokens, "meanwhile": meanwhile}))
 
     def state(self) -> dict[str, Any]:
         """What forerun says of itself on the first rank; nothing in stock."""
@@ -100,24 +110,38 @@ def _answer(port: int, what: str, given: dict[str, Any]) -> Any:
     if what == "state":
         states = _call(port, "/server_info")["internal_states"]
         return (states[0].get("forerun") or {}).get("speculative_moe", {})
-    return _streamed(port, given["prompts"], given["tokens"])
+    if given["meanwhile"] is None:
+        return _streamed(port, given["prompts"], given["tokens"])
+    other = _stream(port, [given["meanwhile"]], _MEANWHILE)
+    for _ in range(2):  # the next token is under way
+        next(other)
+    answered = _streamed(port, given["prompts"], given["tokens"])
+    for _ in other:
+        pass
+    return answered
 
 
-def _streamed(port: int, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+def _stream(port: int, prompts: list[list[int]], tokens: int) -> Iterator[dict[str, Any]]:
     sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": tokens}
-    came: list[list[float]] = [[] for _ in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    start = time.perf_counter()
     with _asked(port, "/generate", {"input_ids": prompts, "sampling_params": sampling, "stream": True}) as answer:
         for line in answer:
             if not line.startswith(b"data: {"):
                 continue
-            now, told = time.perf_counter() - start, json.loads(line[len(b"data: ") :])
+            told = json.loads(line[len(b"data: ") :])
             if "output_ids" not in told:
                 raise RuntimeError(f"the server answered {told}")
-            at, every, ids = told.get("index", 0), told["meta_info"]["completion_tokens"], told["output_ids"]
-            answers[at] = ids if len(ids) == every else answers[at] + ids
-            came[at] += [now] * (every - len(came[at]))
+            yield told
+
+
+def _streamed(port: int, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    came: list[list[float]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    start = time.perf_counter()
+    for told in _stream(port, prompts, tokens):
+        now, at = time.perf_counter() - start, told.get("index", 0)
+        every, ids = told["meta_info"]["completion_tokens"], told["output_ids"]
+        answers[at] = ids if len(ids) == every else answers[at] + ids
+        came[at] += [now] * (every - len(came[at]))
     if any(len(one) != tokens for one in (*came, *answers)):
         raise RuntimeError(
             f"{list(map(len, answers))} tokens came; expected {tokens} to each of {len(prompts)} prompts"
