@@ -19,7 +19,9 @@ def main(store, rank):
         print(measure(lambda rows: [torch.randn(rows, 64) @ matrix for _ in range(8)], 8))
         ledger = Ledger(ExpertTimes((1.0, 1.0), (1.0, 1.0)), torch.tensor([[0, 2, 1, 3]]), 2, batches=2)
         mine = torch.tensor([[3, 0, 0, 0], [0, 0, 3, 0]][rank : rank + 1])  # together on one rank by the plan
-        print([ledger.saw(mine, 1.0) for _ in range(2)], ledger.state())
+        for _ in range(2):
+            ledger.saw(mine, 3, 1.0)
+            print(ledger.worth(), ledger.state())
         assert ledger.state() == {"batches": 2, "saved": 2.0, "cost": 2 * (8.0 - 4.0)}
     finally:
         dist.destroy_process_group()

@@ -37,10 +37,22 @@ def test_a_layer_takes_as_long_as_its_busiest_rank_or_all_at_once(pairs, in_orde
     assert TIMES.seconds(told, CROSSED, 2).tolist() == [crossed]
 
 
+def seen(ledger, pairs, saved, tokens=8):
+    """The answer after a batch."""
+    ledger.saw(torch.tensor([pairs]), tokens, saved)
+    return ledger.worth()
+
+
+def test_ranks_that_share_a_core_take_the_sum():
+    times = ExpertTimes(alone=(1.0, 0.5), together=(3.0, 1.5))  # three of them: three times as long
+    pairs, place = torch.tensor([[8, 0, 2, 1, 0, 4]]), torch.arange(6).expand(1, 6)
+    assert times.seconds(pairs, place, 3).tolist() == [4 * 1.0 + 15 * 0.5]
+
+
 @pytest.mark.parametrize(("pairs", "worth"), [([8, 8, 0, 0], True), ([8, 0, 8, 0], False)])
 def test_what_is_not_worth_its_imbalance_is_told(group, pairs, worth):
     ledger = Ledger(TIMES, CROSSED, 2, batches=3)
-    assert [ledger.saw(torch.tensor([pairs]), 0.1) for _ in range(3)] == [None, None, worth]
+    assert [seen(ledger, pairs, 0.1) for _ in range(3)] == [None, None, worth]
     least, most = sorted((2 * 1.0 + 16 * 0.5, (2 * 1.5 + 16 * 1.0) / 2))
     cost = 3 * (least - most if worth else most - least)
     assert ledger.state() == {"batches": 3, "saved": pytest.approx(0.3), "cost": pytest.approx(cost)}
@@ -49,10 +61,29 @@ def test_what_is_not_worth_its_imbalance_is_told(group, pairs, worth):
 def test_what_saves_more_than_it_costs_is_kept_and_looked_at_again(group):
     ledger = Ledger(TIMES, CROSSED, 2, batches=2)
     assert [ledger.counts() for _ in range(4)] == [True] * 4
-    costs = torch.tensor([[8, 0, 8, 0]])
-    assert [ledger.saw(costs, 10.0), ledger.saw(costs, 0.0)] == [None, True]
+    costs = [8, 0, 8, 0]
+    assert [seen(ledger, costs, 10.0), seen(ledger, costs, 0.0)] == [None, True]
     assert [ledger.counts() for _ in range(32)].count(True) == 2  # one of sixteen from then on
-    assert [ledger.saw(costs, 0.0), ledger.saw(costs, 0.0)] == [None, False]  # what was saved before is spent
+    assert [seen(ledger, costs, 0.0), seen(ledger, costs, 0.0)] == [None, False]  # what was saved before is spent
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_what_depends_on_savings_that_are_not_shown_yet_is_answered_once_they_are(group, shown):
+    known = {8: None}
+    ledger = Ledger(TIMES, CROSSED, 2, shown=known.get, batches=2)
+    costs = [8, 0, 8, 0]
+    assert [seen(ledger, costs, 10.0), seen(ledger, costs, 0.0)] == [None, None]
+    assert ledger.state()["saved"] == 10.0
+    known[8] = shown
+    assert ledger.worth() is shown
+    assert ledger.state()["saved"] == (10.0 if shown else 0.0)
+
+
+def test_what_would_not_be_enough_if_it_was_shown_is_not_waited_for(group):
+    ledger = Ledger(TIMES, CROSSED, 2, shown=lambda tokens: None, batches=1)
+    assert seen(ledger, [8, 0, 8, 0], 0.1) is False
+    enough = Ledger(TIMES, CROSSED, 2, shown=lambda tokens: None if tokens == 8 else True, batches=2)
+    assert [seen(enough, [8, 0, 8, 0], 0.1), seen(enough, [8, 0, 8, 0], 10.0, tokens=9)] == [None, True]
 
 
 def test_experts_are_timed_alone_and_together(group):

@@ -121,16 +121,21 @@ def test_a_plan_is_given_up_once_it_costs_more_than_it_saves(tokens, first):
 
 @pytest.mark.parametrize("slow", [True, False], ids=["spread is slow", "stock is slow"])
 def test_a_way_that_is_not_kept_saves_nothing(slow):
-    batches = made([0.1, 0.1], turns=2)
+    """The plan depends on it, and is answered about in the batch that decides."""
+    batches, given_up = made([0.1, 0.1], turns=2), []
     for layer in batches.layers:
         layer.choice.unplanned = 0.5
-    batches.ledger = Ledger(ExpertTimes((0.0, 0.0), (0.0, 0.0)), torch.arange(8).expand(2, 8), 2)
-    assert batches.trial.kept(4096) is None
-    saved = []
-    for _ in range(8):
-        before = batches.ledger.state()["saved"]
+    place, cost = torch.tensor([[0, 4, 2, 6, 1, 5, 3, 7]] * 2), ExpertTimes((0.0, 1e-9), (0.0, 1e-9))
+    batches.ledger = Ledger(cost, place, 2, shown=batches.shown, batches=2)
+    batches.useless = lambda: given_up.append(batches.trial.kept(4096))
+    each = 2 * (RATES.saves(4096, 409.6) - RATES.saves(4096, 2048))
+    for batch in range(8):
+        for layer in batches.layers:
+            layer.asked = torch.tensor([9, 0, 0, 0, 9, 0, 0, 0])  # on one of two ranks by the plan
         ran(batches, 4096, slow)
-        saved.append(batches.ledger.state()["saved"] - before)
-    assert batches.trial.kept(4096) is not slow
-    each = 2 * (RATES.saves(4096, 409.6) - RATES.saves(4096, 2048))  # by turns as it is expected
-    assert saved == pytest.approx([each] * 5 + [0.0 if slow else each] * 3)
+        decided = batch >= 5
+        assert (batches.trial.kept(4096) is not None) == decided
+        refuted = slow and decided
+        counted = batches.ledger.state()
+        assert counted["saved"] == pytest.approx(0.0 if refuted else counted["batches"] * each)
+        assert given_up == [False] * refuted

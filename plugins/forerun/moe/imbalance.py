@@ -39,7 +39,10 @@ class ExpertTimes:
     together: tuple[float, float]
 
     def seconds(self, pairs: Tensor, place: Tensor, ranks: int) -> Tensor:
-        """`[L]` what each layer takes: as long as its busiest rank, and not less than all ranks at once.
+        """`[L]` what each layer takes, as long as the rank that is last.
+
+        What others add to a rank's own time, as they compute at once, is what they have to do in the mean: of cores or
+        memory that all ranks share, or some of them do.
 
         Args:
             pairs: `[L, E]` rows that each expert is asked about.
@@ -51,8 +54,12 @@ class ExpertTimes:
             torch.zeros(len(pairs), ranks, dtype=torch.float64, device=pairs.device).scatter_add_(1, to, told.double())
             for told in (pairs, pairs > 0)
         )
-        busiest = (self.alone[0] * asked + self.alone[1] * rows).amax(1)
-        return torch.maximum(busiest, (self.together[0] * asked + self.together[1] * rows).mean(1))
+        alone, shared = (
+            each * asked + row * rows
+            for each, row in (self.alone, [max(0.0, b - a) for a, b in zip(self.alone, self.together, strict=True)])
+        )
+        others = (shared.sum(1, keepdim=True) - shared) / max(1, ranks - 1)
+        return (alone + others).amax(1)
 
 
 class Ledger:
@@ -63,52 +70,77 @@ class Ledger:
         place: `[L, E]` where the plan has each layer's experts.
         ranks: R.
         group: Of the ranks; None: all.
-        batches: Counted between two answers; all of the first ones, and one of 16 after the first answer.
+        shown: Whether batches of so many tokens do save what is expected; None: it is not known yet.
+        batches: Counted before an answer; all of the first ones, and one of 16 from then on.
     """
 
     def __init__(
-        self, times: ExpertTimes, place: Tensor, ranks: int, group: Group = None, batches: int = _BATCHES
+        self,
+        times: ExpertTimes,
+        place: Tensor,
+        ranks: int,
+        group: Group = None,
+        *,
+        shown: Callable[[int], bool | None] = lambda tokens: True,
+        batches: int = _BATCHES,
     ) -> None:
-        self._times, self._place, self._ranks, self._group, self._batches = times, place, ranks, group, batches
+        self._times, self._place, self._ranks, self._group = times, place, ranks, group
+        self._shown, self._batches = shown, batches
         self._in_order = torch.arange(place.shape[1], device=place.device).expand_as(place)
         self._seen = self._counted = 0
-        self.saved = self.cost = 0.0  # s, of all batches counted so far
-        self._before = (0.0, 0.0)  # at the last answer
+        self._saved: dict[int, float] = {}  # s, by tokens of a batch, since the last answer
+        self._cost = 0.0  # s, since the last answer
+        self._before = (0, 0.0, 0.0)  # batches, saved and cost until the last answer
 
     def counts(self) -> bool:
         """Whether the batch that begins is counted."""
         self._seen += 1
         return self._counted < self._batches or self._seen % _EACH == 0
 
-    def saw(self, pairs: Tensor, saved: float) -> bool | None:
+    def saw(self, pairs: Tensor, tokens: int, saved: float) -> None:
         """A batch that is counted is through.
 
         Args:
             pairs: `[L, E]` of each expert, of this rank's tokens, or of all tokens on one rank and none on the others.
+            tokens: Of the batch.
             saved: Seconds that it takes less than without the plan, but for the experts, as it is expected.
-
-        Returns:
-            Whether the plan is worth what it costs, if this batch was the last one to know it.
         """
         told = pairs.clone()
         dist.all_reduce(told, group=self._group)
         planned, in_order = (
             float(self._times.seconds(told, place, self._ranks).sum()) for place in (self._place, self._in_order)
         )
-        self.cost += planned - in_order
-        self.saved += saved
+        self._cost += planned - in_order
+        self._saved[tokens] = self._saved.get(tokens, 0.0) + saved
         self._counted += 1
-        if self._counted % self._batches:
+
+    def worth(self) -> bool | None:
+        """Whether the plan is worth what it costs, by the batches since the last answer.
+
+        None: they are too few, or it depends on savings that are not shown yet.
+        """
+        if self._counted - self._before[0] < self._batches:
             return None
-        since = [now - before for now, before in zip((self.saved, self.cost), self._before, strict=True)]
-        both = torch.tensor(since, dtype=torch.float64, device=pairs.device)
-        dist.all_reduce(both, group=self._group)  # so that no rounding parts the ranks
-        self._before = self.saved, self.cost
-        return bool(both[0] >= both[1])
+        account = torch.tensor([*self._bounds(), self._cost], dtype=torch.float64, device=self._place.device)
+        dist.all_reduce(account, group=self._group)  # so that no rounding parts the ranks
+        least, most, cost = account.tolist()
+        if least < cost <= most:
+            return None
+        told = self.state()
+        self._before = self._counted, told["saved"], told["cost"]
+        self._saved, self._cost = {}, 0.0
+        return bool(cost <= least)
 
     def state(self) -> dict[str, float]:
-        """What is known so far, in seconds."""
-        return {"batches": self._counted, "saved": self.saved, "cost": self.cost}
+        """What is known so far, in seconds; savings that are not shown yet are among it."""
+        _, saved, cost = self._before
+        return {"batches": self._counted, "saved": saved + self._bounds()[1], "cost": cost + self._cost}
+
+    def _bounds(self) -> tuple[float, float]:
+        """Seconds saved since the last answer: what is shown, and what may be."""
+        known = [(self._shown(tokens), saved) for tokens, saved in self._saved.items()]
+        shown = sum(saved for way, saved in known if way)
+        return shown, shown + sum(saved for way, saved in known if way is None)
 
 
 def measure(

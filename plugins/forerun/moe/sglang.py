@@ -263,7 +263,9 @@ class Speculation:
         self._moved(replace(self._found, self.spread, self.plan))
         if self.plan is not None and self.times is not None:
             place = torch.stack([one.place for one in self.spread.values() if one.place is not None])
-            self._batches.ledger = self._ledger = Ledger(self.times, place, ranks.size, ranks.group)
+            self._batches.ledger = self._ledger = Ledger(
+                self.times, place, ranks.size, ranks.group, shown=self._batches.shown
+            )
 
     def _moved(self, left: int) -> None:
         """So many bytes of experts left this rank; weights that are loaded from now on go where they lie."""

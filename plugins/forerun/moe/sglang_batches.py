@@ -69,13 +69,21 @@ class Batches:
             for layer in chosen:
                 layer.chosen = False
                 layer.end()
-        if tried is not None:
-            tried.end(everywhere)
+        decided = tried is not None and tried.end(everywhere) is not None
         if counting:
-            self._enter(everywhere, tried)
+            self._enter(everywhere)
+        if self.ledger is not None and (counting or decided) and self.ledger.worth() is False:
+            self.useless()
         return result
 
-    def _enter(self, tokens: int, tried: Alternation | None) -> None:
+    def shown(self, tokens: int) -> bool | None:
+        """Whether batches of so many tokens are sooner spread where it is expected; None: it is not known yet.
+
+        Where stock's way was found to be sooner by the plan, it is without it, as more would be sent.
+        """
+        return True if self.trial is None else self.trial.kept(tokens)
+
+    def _enter(self, tokens: int) -> None:
         """Into the ledger: which experts the batch asked, and what the plan saved of it on the wire."""
         assert self.ledger is not None
         self.ranks.counting = False
@@ -83,8 +91,4 @@ class Batches:
         asked = torch.stack([nothing if layer.asked is None else layer.asked for layer in self.layers])
         for layer in self.layers:
             layer.asked = None
-        # Where stock's way was found to be sooner by the plan, it is without it, as more would be sent.
-        stock = tried is not None and tried.kept(tokens) is False
-        saved = 0.0 if stock else sum(layer.choice.saves(tokens) for layer in self.layers)
-        if self.ledger.saw(asked, saved) is False:
-            self.useless()
+        self.ledger.saw(asked, tokens, sum(layer.choice.saves(tokens) for layer in self.layers))
