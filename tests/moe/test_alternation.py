@@ -93,6 +93,15 @@ def test_batches_of_more_tokens_by_chance_do_not_make_a_way_slower():
     assert trial.begin(4, CPU)
 
 
+@pytest.mark.parametrize("steady", [True, False])
+def test_what_may_be_chance_is_not_taken_for_a_gain(steady):
+    trial, ours = Alternation(4), iter([1.4] * 5 if steady else [1.4, 1.5, 0.2, 2.6, 1.3])
+    for _ in range(10):
+        time.sleep(SLOW * (next(ours) if trial.begin(4, CPU) else 1.6))
+        trial.end(4)
+    assert trial.kept(4) is steady
+
+
 def test_what_was_decided_is_tried_again():
     trial = Alternation(1, again=10, way="spread", other="stock")
     assert trial.state() == []

@@ -2,13 +2,15 @@
 
 Both ways give the same answer, so nothing is run twice. The ranks of a group, which have the same batches, add up what
 they measured and decide alike: after a few turns where one way clearly takes longer, after all of them otherwise. By
-turns does not mean of one size: what more tokens take is taken off before the ways are compared. As links and loads
-change, what was decided is tried again after many batches.
+turns does not mean of one size: what more tokens take is taken off before the ways are compared. Ours is kept where it
+is sooner by more than chance makes of so few batches; the other one, which was there before, where that is not to be
+seen. As links and loads change, what was decided is tried again after many batches.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,9 @@ __all__ = ["Alternation"]
 _logger = logging.getLogger(__name__)
 _FEW = 3  # turns, after which a clear difference decides
 _CLEAR = 1.25  # the longer time over the shorter one
+_DEVIATION = (
+    1.253 * 1.4826
+)  # standard error of a normal median, over the median deviation, times the root of their number
 _AGAIN = 4096  # batches of a size until it is tried again
 
 
@@ -37,7 +42,7 @@ class _Size:
 
     batches: int = 0
     seen: tuple[list[_Seen], list[_Seen]] = field(default_factory=lambda: ([], []))  # of the other way, of ours
-    medians: tuple[float, float] = (0.0, 0.0)  # s, when it was decided
+    medians: tuple[float, float, float] = (0.0, 0.0, 0.0)  # s, and what chance makes of them, when it was decided
     ours: bool | None = None  # None: not decided
 
 
@@ -88,10 +93,11 @@ class Alternation:
             return None
         told = torch.tensor(_typical(size.seen), dtype=torch.float64, device=device)
         dist.all_reduce(told, group=self._group)
-        other, way = (told / dist.get_world_size(self._group)).tolist()
-        if turns < self._turns and max(other, way) < _CLEAR * min(other, way):
+        other, way, chance = (told / dist.get_world_size(self._group)).tolist()
+        clear = max(other, way) >= _CLEAR * min(other, way)
+        if turns < self._turns and not clear:
             return None
-        size.ours, size.medians = way < other, (other, way)
+        size.ours, size.medians = way < other - (0.0 if clear else chance), (other, way, chance)
         _logger.info("batches of %s", self.told(tokens))
         return size.ours
 
@@ -113,14 +119,16 @@ class Alternation:
         tokens = f"{least} to {2 * least - 1} tokens"
         if size.ours is None:
             return f"{tokens}: {way} and {other} by turns, {size.batches} batches so far"
-        spent = f"{way} {size.medians[1] * 1e3:.2f} ms, {other} {size.medians[0] * 1e3:.2f} ms"
+        its, ours, chance = (1e3 * spent for spent in size.medians)
+        spent = f"{way} {ours:.2f} ms, {other} {its:.2f} ms, by chance {chance:.2f} ms"
         return f"{tokens}: {spent}; {self._names[bool(size.ours)]} is kept"
 
 
 def _typical(seen: Sequence[Sequence[_Seen]]) -> list[float]:
-    """The median seconds of each way, on as many tokens as its batches and the others' had in the mean.
+    """The median seconds of each way on as many tokens as all had in the mean, and by how much chance parts the two.
 
-    A further token takes the median of what it took between any two batches of a way (the Theil-Sen estimator).
+    A further token takes the median of what it took between any two batches of a way (the Theil-Sen estimator). Chance
+    is the standard error of the difference, by the median deviations.
     """
     pairs = chain.from_iterable(combinations(way, 2) for way in seen)
     slopes = [
@@ -128,7 +136,13 @@ def _typical(seen: Sequence[Sequence[_Seen]]) -> list[float]:
     ]
     further = max(0.0, median(slopes or [0.0]))
     middle = fmean(tokens for tokens, _ in chain.from_iterable(seen))
-    return [median(spent - further * (tokens - middle) for tokens, spent in way) for way in seen]
+    spent = [[seconds - further * (tokens - middle) for tokens, seconds in way] for way in seen]
+    medians = [median(way) for way in spent]
+    variances = [
+        (_DEVIATION * median(abs(one - its) for one in way)) ** 2 / len(way)
+        for way, its in zip(spent, medians, strict=True)
+    ]
+    return [*medians, math.sqrt(sum(variances))]
 
 
 def _now(device: torch.device) -> float:
