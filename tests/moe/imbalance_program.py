@@ -17,7 +17,7 @@ def main(store, rank):
     try:
         matrix = torch.randn(64, 64)
         print(measure(lambda rows: [torch.randn(rows, 64) @ matrix for _ in range(8)], 8))
-        ledger = Ledger(ExpertTimes((1.0, 1.0), (1.0, 1.0)), torch.tensor([[0, 2, 1, 3]]), 2, batches=2)
+        ledger = Ledger(ExpertTimes((1, 2), (2.0, 3.0), (2.0, 3.0)), torch.tensor([[0, 2, 1, 3]]), 2, batches=2)
         mine = torch.tensor([[3, 0, 0, 0], [0, 0, 3, 0]][rank : rank + 1])  # together on one rank by the plan
         for _ in range(2):
             ledger.saw(mine, 3, 1.0)

@@ -9,7 +9,13 @@ from processes import ran
 
 from forerun.moe.imbalance import ExpertTimes, Ledger, measure
 
-TIMES = ExpertTimes(alone=(1.0, 0.5), together=(1.5, 1.0))
+
+def lines(alone, together):
+    """Times by lines: for each expert that is asked at all, and for each row."""
+    return ExpertTimes((1, 3), *([each + row, each + 3 * row] for each, row in (alone, together)))
+
+
+TIMES = lines(alone=(1.0, 0.5), together=(1.5, 1.0))
 IN_ORDER = torch.arange(4).expand(1, 4)
 CROSSED = torch.tensor([[0, 2, 1, 3]])  # experts 0 and 2 on the first of two ranks
 
@@ -44,7 +50,7 @@ def seen(ledger, pairs, saved, tokens=8):
 
 
 def test_ranks_that_share_a_core_take_the_sum():
-    times = ExpertTimes(alone=(1.0, 0.5), together=(3.0, 1.5))  # three of them: three times as long
+    times = lines(alone=(1.0, 0.5), together=(3.0, 1.5))  # three of them: three times as long
     pairs, place = torch.tensor([[8, 0, 2, 1, 0, 4]]), torch.arange(6).expand(1, 6)
     assert times.seconds(pairs, place, 3).tolist() == [4 * 1.0 + 15 * 0.5]
 
@@ -86,11 +92,19 @@ def test_what_would_not_be_enough_if_it_was_shown_is_not_waited_for(group):
     assert [seen(enough, [8, 0, 8, 0], 0.1), seen(enough, [8, 0, 8, 0], 10.0, tokens=9)] == [None, True]
 
 
+def test_a_few_rows_may_take_as_long_as_many():
+    times = ExpertTimes((1, 2, 4, 16), (1.0, 3.0, 4.0, 10.0), (1.0, 3.0, 4.0, 10.0))
+    found = [
+        float(times.seconds(torch.tensor([[rows, 0]]), torch.tensor([[0, 1]]), 2)) for rows in (0, 1, 2, 3, 10, 20)
+    ]
+    assert found == [0.0, 1.0, 3.0, 3.5, 7.0, 12.0]
+
+
 def test_experts_are_timed_alone_and_together(group):
     times = measure(lambda rows: time.sleep(4 * (0.002 + 0.001 * rows)), 4)
-    for each, row in (times.alone, times.together):
-        assert 0.0018 < each < 0.01
-        assert 0.0009 < row < 0.003
+    for told in (times.alone, times.together):
+        for rows, spent in zip(times.rows, told, strict=True):
+            assert 0.0019 + 0.001 * rows < spent < 0.02 + 0.001 * rows
 
 
 def test_ranks_answer_alike(tmp_path):

@@ -99,7 +99,7 @@ def test_a_plan_is_given_up_once_it_costs_more_than_it_saves(tokens, first):
         layer.choice.unplanned = 1.5
     place = torch.tensor([[0, 4, 2, 6, 1, 5, 3, 7]] * 2)
     spent = 1.0 if tokens == 8 else 1e-9  # s of each row: beside what a large batch saves, nothing
-    batches.ledger = Ledger(ExpertTimes((0.0, spent), (0.0, 0.0)), place, 2, batches=2)
+    batches.ledger = Ledger(ExpertTimes((1, 2), (spent, 2 * spent), (0.0, 0.0)), place, 2, batches=2)
     batches.useless = lambda: given_up.append(batches.ledger.state())
     asked = torch.tensor([tokens, 0, 0, 0, tokens, 0, 0, 0] if first else [tokens, tokens, 0, 0, 0, 0, 0, 0])
 
@@ -125,7 +125,7 @@ def test_a_way_that_is_not_kept_saves_nothing(slow):
     batches, given_up = made([0.1, 0.1], turns=2), []
     for layer in batches.layers:
         layer.choice.unplanned = 0.5
-    place, cost = torch.tensor([[0, 4, 2, 6, 1, 5, 3, 7]] * 2), ExpertTimes((0.0, 1e-9), (0.0, 1e-9))
+    place, cost = torch.tensor([[0, 4, 2, 6, 1, 5, 3, 7]] * 2), ExpertTimes((1, 2), (1e-9, 2e-9), (1e-9, 2e-9))
     batches.ledger = Ledger(cost, place, 2, shown=batches.shown, batches=2)
     batches.useless = lambda: given_up.append(batches.trial.kept(4096))
     each = 2 * (RATES.saves(4096, 409.6) - RATES.saves(4096, 2048))

@@ -9,7 +9,7 @@ saves on the wire. Nothing is moved or computed twice to know it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -21,22 +21,24 @@ from forerun.moe.exchange import Group
 
 __all__ = ["ExpertTimes", "Ledger", "measure"]
 
-_FEW, _MANY = 1, 16  # rows of each expert, that are timed
+_ROWS = (1, 2, 4, 16)  # of each expert, that are timed
 _BATCHES = 64  # counted, after which it is asked whether the plan is worth it
 _EACH = 16  # of later batches, one is counted
 
 
 @dataclass(frozen=True)
 class ExpertTimes:
-    """What a layer's experts take on a rank, in seconds: for each expert that is asked at all, and for each row.
+    """What an expert takes, in seconds, by the rows that it is asked about: not a line, as kernels differ for few rows.
 
     Args:
+        rows: That were timed, rising, two or more; in between and beyond the last two, lines.
         alone: While the other ranks wait.
         together: While all ranks compute, which may share cores, memory or power.
     """
 
-    alone: tuple[float, float]
-    together: tuple[float, float]
+    rows: Sequence[int]
+    alone: Sequence[float]
+    together: Sequence[float]
 
     def seconds(self, pairs: Tensor, place: Tensor, ranks: int) -> Tensor:
         """`[L]` what each layer takes, as long as the rank that is last.
@@ -49,17 +51,24 @@ class ExpertTimes:
             place: `[L, E]` where it lies: rank r holds the places from r E/R on.
             ranks: R.
         """
+        alone, together = self._each(pairs, self.alone), self._each(pairs, self.together)
         to = place // (pairs.shape[1] // ranks)
-        rows, asked = (
-            torch.zeros(len(pairs), ranks, dtype=torch.float64, device=pairs.device).scatter_add_(1, to, told.double())
-            for told in (pairs, pairs > 0)
-        )
-        alone, shared = (
-            each * asked + row * rows
-            for each, row in (self.alone, [max(0.0, b - a) for a, b in zip(self.alone, self.together, strict=True)])
+        own, shared = (
+            each.new_zeros(len(pairs), ranks).scatter_add_(1, to, each)
+            for each in (alone, (together - alone).clamp(min=0))
         )
         others = (shared.sum(1, keepdim=True) - shared) / max(1, ranks - 1)
-        return (alone + others).amax(1)
+        return (own + others).amax(1)
+
+    def _each(self, pairs: Tensor, spent: Sequence[float]) -> Tensor:
+        """`[L, E]` what each expert takes."""
+        asked, (rows, seconds) = (
+            pairs.double(),
+            (pairs.new_tensor(told, dtype=torch.float64) for told in (self.rows, spent)),
+        )
+        after = torch.bucketize(asked, rows).clamp(1, len(rows) - 1)
+        row = (seconds[after] - seconds[after - 1]) / (rows[after] - rows[after - 1])
+        return torch.where(pairs > 0, seconds[after - 1] + row * (asked - rows[after - 1]), 0.0)
 
 
 class Ledger:
@@ -167,21 +176,16 @@ def measure(
         wait()
         return time.perf_counter() - start
 
-    compute(_FEW)  # memory, kernels
-    told = [float("inf")] * 4
+    compute(_ROWS[0])  # memory, kernels
+    alone, together = ([float("inf")] * len(_ROWS) for _ in range(2))
     for _ in range(repeats):
-        dist.barrier(group)
-        if dist.get_rank(group) == 0:
-            told[:2] = [min(told[at], taken(rows)) for at, rows in enumerate((_FEW, _MANY))]
-        for at, rows in enumerate((_FEW, _MANY), 2):
+        for at, rows in enumerate(_ROWS):
             dist.barrier(group)
-            told[at] = min(told[at], taken(rows))
-    every: list[list[float]] = [told] * dist.get_world_size(group)
-    dist.all_gather_object(every, told, group=group)
-    alone, together = every[0][:2], [fmean(one[at] for one in every) for at in (2, 3)]
-
-    def parts(few: float, many: float) -> tuple[float, float]:
-        row = max(0.0, (many - few) / (_MANY - _FEW))
-        return max(0.0, few - _FEW * row) / experts, row / experts
-
-    return ExpertTimes(parts(*alone), parts(*together))
+            if dist.get_rank(group) == 0:
+                alone[at] = min(alone[at], taken(rows))
+            dist.barrier(group)
+            together[at] = min(together[at], taken(rows))
+    every: list[tuple[list[float], list[float]]] = [(alone, together)] * dist.get_world_size(group)
+    dist.all_gather_object(every, (alone, together), group=group)
+    means = [fmean(spent) for spent in zip(*(told for _, told in every), strict=True)]
+    return ExpertTimes(_ROWS, *(tuple(spent / experts for spent in told) for told in (every[0][0], means)))
