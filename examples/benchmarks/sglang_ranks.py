@@ -33,6 +33,7 @@ _FLAGS = {
     "log-level": "warning",
 }
 _SWITCHES = ("disable-overlap-schedule", "disable-cuda-graph", "skip-server-warmup", "skip-tokenizer-init")
+_PORTS = iter(range(20_000, 32_000, 100))  # below those that the system gives out
 _ASK = Path(__file__).with_name("sglang_ask.py")
 
 
@@ -158,6 +159,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
+    """With room for those that SGLang counts on from it; no other server is given them, in whatever namespace it is."""
+    for port in _PORTS:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise RuntimeError("no port is left for a server; expected some between 20000 and 32000")
