@@ -9,7 +9,7 @@ from 0.5.21 on, `forerun_adapters.sglang_communicator` before.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,14 +74,8 @@ __all__ = [
 FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 LOCAL = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE._map_global_expert_id_to_local_expert_id"
-# Where a request's data-parallel rank is asked for. The process that asks loads no plugins before 0.5.22: the one that
-# makes requests of texts names the rank there. Remove when sglang >= 0.5.22.
-_NAMED = Version("0.5.22") > _RELEASE
-ROUTED = (
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
-    if _NAMED
-    else "sglang.srt.managers.data_parallel_controller.DataParallelController.maybe_external_dp_rank_routing"
-)
+# Where a request gets its token ids, in the process that knows which requests wait for their answers.
+ROUTED = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
 STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 
 # Fails in SGLang itself, which norms a rank's heads as if they were all. Remove when SGLang serves it on several ranks.
@@ -224,26 +218,31 @@ def weights(experts: Any) -> list[list[Tensor]]:
     return [list(tensor) for tensor in held if tensor.ndim and len(tensor) == experts.num_local_experts]
 
 
-def routing(rank_of: Callable[[Any], int | None]) -> Hook:
-    """A hook by which each request goes to the data-parallel rank that its token ids are given.
+def routing(rank_of: Callable[[Any, Sequence[int]], int | None]) -> Hook:
+    """A hook by which each request goes to the data-parallel rank that it is given.
 
     But for those that are given none, and those whose sender, or a health check, says which rank answers.
+
+    Args:
+        rank_of: Is told a request's token ids, and how many requests each rank was given that are not answered yet.
     """
-
-    def name(request: Any) -> None:
-        if request.routed_dp_rank is None and not _is_health_check(request) and request.input_ids:
-            request.routed_dp_rank = rank_of(request.input_ids)
-
-    def asked(stock: Callable[..., bool], controller: Any, request: Any) -> bool:
-        name(request)
-        return stock(controller, request)
+    given: dict[str, int] = {}
 
     def made(request: Any, manager: Any, *_: Any, **__: Any) -> Any:
-        if manager.elastic_worker_count > 1:
-            name(request)
+        ranks = manager.elastic_worker_count
+        if ranks < 2 or request.routed_dp_rank is not None or _is_health_check(request) or not request.input_ids:
+            return request
+        for answered in [name for name in given if name not in manager.rid_to_state]:
+            del given[answered]
+        waiting = [0] * ranks
+        for rank in given.values():
+            waiting[rank] += 1
+        chosen = rank_of(request.input_ids, waiting)
+        if chosen is not None:
+            request.routed_dp_rank = given[request.rid] = chosen
         return request
 
-    return Hook(ROUTED, made, "after") if _NAMED else Hook(ROUTED, asked)
+    return Hook(ROUTED, made, "after")
 
 
 def routed(answer: Any) -> tuple[Tensor, Tensor]:

@@ -131,3 +131,12 @@ def test_a_long_request_may_go_out_of_turn_by_one():
 def test_arrivals_refuse_a_limit_below_one():
     with pytest.raises(ValueError, match=re.escape("limit is 0.5; expected tokens of a rank over the mean")):
         Arrivals(PLAN, limit=0.5)
+
+
+def test_requests_that_wait_are_evened_out_whatever_was_answered_before():
+    arrivals, (request, home) = Arrivals(PLAN, limit=100), planted(4)
+    assert {arrivals.rank(request, [0] * 4) for _ in range(20)} == {home}
+    waiting = [0] * 4
+    for request in drawn(5, 8, 10):
+        waiting[arrivals.rank(request, waiting)] += 1
+    assert waiting == [2] * 4

@@ -360,8 +360,9 @@ def test_requests_are_balanced_by_sglang_once_the_plan_is_laid_aside(tmp_path):
 
 
 def homes(plan, asked):
+    """Where each goes, asked when the one before is answered."""
     arrivals = Arrivals(plan)
-    return [arrivals.rank(prompt) for prompt in asked]
+    return [arrivals.rank(prompt, [0, 0]) for prompt in asked]
 
 
 def answered_by(server, asked):

@@ -68,9 +68,10 @@ class Arrivals:
 
     A rank has room while its tokens, older ones counting less and less, are at most `limit` times the mean with the
     request on it, or while no other rank has fewer. Requests that come together answer together, token by token, and
-    the rank with most of them is waited for: so they go to the ranks in turn. Out of turn they go where as many tokens'
-    experts as an answer may be long are expected there and nowhere whose turn it is, to a rank that is at most one
-    request ahead of the mean; what it is ahead by further than one counts less and less.
+    the rank with most of them is waited for: so they go to the ranks in turn, those that wait for their answers where
+    that is known. Out of turn they go where as many tokens' experts as an answer may be long are expected there and
+    nowhere whose turn it is, to a rank that is at most one request ahead of the mean; where it is not known which ones
+    wait, what a rank is ahead by further than one counts less and less.
 
     Args:
         plan: Whose ranks they are spread over.
@@ -89,19 +90,23 @@ class Arrivals:
         self.load = np.zeros(plan.ranks)  # tokens of each rank
         self.ahead = np.zeros(plan.ranks)  # requests that each rank had more than the one with fewest
 
-    def rank(self, request: Any) -> int:
+    def rank(self, request: Any, waiting: Sequence[int] | None = None) -> int:
         """The rank of the next request.
 
         Args:
             request: Its token ids, as in `assign`.
+            waiting: Requests of each rank that are not answered yet, which are evened out; None: not known, those of
+                all time are.
 
         Raises:
             TypeError: It holds something else than whole numbers.
         """
         ids = _ids(request)
         self.load *= 0.5 ** (len(ids) / self._memory)
-        out_of_turn = np.maximum(self.ahead - 1, 0)
-        self.ahead -= out_of_turn * (1 - 0.5 ** (1 / self._recent))
+        if waiting is None:
+            self.ahead -= np.maximum(self.ahead - 1, 0) * (1 - 0.5 ** (1 / self._recent))
+        else:
+            self.ahead = np.array(waiting, float) - min(waiting)
         share = expected([ids], self._plan)[0]
         has_room, in_turn = self._room(len(ids)), self.ahead < 0.5
         worth = (share - share[in_turn].max()) * len(ids) >= _WORTH

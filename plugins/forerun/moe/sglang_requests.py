@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ class Routes:
         self._path, self._followed, self._seen = path, followed, plan.digest
         self._arrivals: Arrivals | None = Arrivals(plan)
 
-    def rank(self, request: Any) -> int | None:
-        """The rank of the next request, its token ids; None: no plan is followed, SGLang decides.
+    def rank(self, request: Any, waiting: Sequence[int] | None = None) -> int | None:
+        """The rank of the next request, as by `Arrivals`; None: no plan is followed, SGLang decides.
 
         Raises:
             TypeError: It holds something else than whole numbers.
@@ -79,7 +80,7 @@ class Routes:
         told = self._followed.told()
         if told and told != self._seen:
             self._seen, self._arrivals = told, self._of(told)
-        return None if self._arrivals is None else self._arrivals.rank(request)
+        return None if self._arrivals is None else self._arrivals.rank(request, waiting)
 
     def _of(self, digest: str) -> Arrivals | None:
         if digest == _NONE:
