@@ -9,7 +9,7 @@ from 0.5.21 on, `forerun_adapters.sglang_communicator` before.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ __all__ = [
     "FORWARD",
     "LOADED",
     "LOCAL",
+    "MADE",
     "ROUTED",
     "STATE",
     "Found",
@@ -75,7 +76,11 @@ FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 LOCAL = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE._map_global_expert_id_to_local_expert_id"
 # Where a request gets its token ids, in the process that knows which requests wait for their answers.
-ROUTED = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
+MADE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
+# Where its data-parallel rank is asked for: what several tokenizer workers made, which load no plugins, is named here.
+# Nor does the process that asks, before 0.5.22. Hook it on all releases when sglang >= 0.5.22.
+ROUTED = "sglang.srt.managers.data_parallel_controller.DataParallelController.maybe_external_dp_rank_routing"
+_ASKS = Version("0.5.22") <= _RELEASE
 STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 
 # Fails in SGLang itself, which norms a rank's heads as if they were all. Remove when SGLang serves it on several ranks.
@@ -218,31 +223,29 @@ def weights(experts: Any) -> list[list[Tensor]]:
     return [list(tensor) for tensor in held if tensor.ndim and len(tensor) == experts.num_local_experts]
 
 
-def routing(rank_of: Callable[[Any, Sequence[int]], int | None]) -> Hook:
-    """A hook by which each request goes to the data-parallel rank that it is given.
+def routing(rank_of: Callable[[str, Any, Container[str] | None], int | None]) -> list[Hook]:
+    """Hooks by which each request goes to the data-parallel rank that it is given.
 
     But for those that are given none, and those whose sender, or a health check, says which rank answers.
 
     Args:
-        rank_of: Is told a request's token ids, and how many requests each rank was given that are not answered yet.
+        rank_of: Is told a request's name, its token ids, and the names of those that wait for their answers, if known.
     """
-    given: dict[str, int] = {}
+
+    def name(request: Any, waiting: Container[str] | None) -> None:
+        if request.routed_dp_rank is None and not _is_health_check(request) and request.input_ids:
+            request.routed_dp_rank = rank_of(request.rid, request.input_ids, waiting)
 
     def made(request: Any, manager: Any, *_: Any, **__: Any) -> Any:
-        ranks = manager.elastic_worker_count
-        if ranks < 2 or request.routed_dp_rank is not None or _is_health_check(request) or not request.input_ids:
-            return request
-        for answered in [name for name in given if name not in manager.rid_to_state]:
-            del given[answered]
-        waiting = [0] * ranks
-        for rank in given.values():
-            waiting[rank] += 1
-        chosen = rank_of(request.input_ids, waiting)
-        if chosen is not None:
-            request.routed_dp_rank = given[request.rid] = chosen
+        if manager.elastic_worker_count > 1:
+            name(request, manager.rid_to_state)
         return request
 
-    return Hook(ROUTED, made, "after")
+    def asked(stock: Callable[..., bool], controller: Any, request: Any) -> bool:
+        name(request, None)
+        return stock(controller, request)
+
+    return [Hook(MADE, made, "after"), *([Hook(ROUTED, asked)] if _ASKS else [])]
 
 
 def routed(answer: Any) -> tuple[Tensor, Tensor]:

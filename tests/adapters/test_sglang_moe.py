@@ -3,7 +3,6 @@
 import inspect
 import pkgutil
 import warnings
-from types import SimpleNamespace
 
 import pytest
 from packaging.version import Version
@@ -15,6 +14,7 @@ with warnings.catch_warnings():  # quantizations that this machine lacks
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
     from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
+    from sglang.srt.managers import data_parallel_controller
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.runtime_context import get_flags
 
@@ -32,7 +32,8 @@ def names(function):
         (host.LOADED, ["self"]),
         (host.LOCAL, ["self", "expert_id"]),
         (host.STATE, ["self", "recv_req"]),
-        (host.ROUTED, ["self", "obj", "input_text", "input_ids"]),
+        (host.MADE, ["self", "obj", "input_text", "input_ids"]),
+        (host.ROUTED, ["self", "req"]),
     ],
 )
 def test_hooked_functions_are_what_they_were(target, parameters):
@@ -68,22 +69,7 @@ def test_who_makes_requests_knows_the_ranks_and_which_requests_wait():
     assert "self.rid_to_state: Dict[str, ReqState] = {}" in source
 
 
-def test_a_request_is_given_a_rank_beside_those_that_wait():
-    asked = []
-
-    def rank_of(ids, waiting):
-        asked.append((ids, waiting))
-        return None if ids == [9] else ids[0] % 2
-
-    def made(name, ids, rank=None):
-        manager.rid_to_state[name] = "waits"
-        request = SimpleNamespace(rid=name, input_ids=ids, routed_dp_rank=rank)
-        return hook.function(request, manager).routed_dp_rank
-
-    hook, manager = host.routing(rank_of), SimpleNamespace(elastic_worker_count=2, rid_to_state={})
-    assert [made("a", [1]), made("b", [3]), made("c", [9]), made("d", [4])] == [1, 1, None, 0]
-    del manager.rid_to_state["a"]  # answered
-    assert [made("e", [5], rank=0), made("HEALTH_CHECK_1", [5]), made("f", [6])] == [0, None, 0]
-    assert asked == [([1], [0, 0]), ([3], [0, 1]), ([9], [0, 2]), ([4], [0, 2]), ([6], [1, 1])]
-    manager.elastic_worker_count = 1
-    assert made("g", [1]) is None
+def test_who_asks_for_a_requests_rank_has_plugins():
+    """From 0.5.22 on; once that is the oldest release that is supported, what depends on `_ASKS` can go."""
+    assert hasattr(data_parallel_controller, "load_plugins") == host._ASKS
+    assert HOSTS["sglang"].supports(Version("0.5.21"))

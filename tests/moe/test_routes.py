@@ -39,7 +39,7 @@ def by(plan):
 
 
 def sent(routes):
-    return [routes.rank(request) for request in REQUESTS]
+    return [routes.rank(str(at), request) for at, request in enumerate(REQUESTS)]
 
 
 def test_until_there_is_word_the_first_plan_is_followed(routes):
@@ -62,10 +62,20 @@ def test_a_plan_that_is_not_there_to_be_read_balances_nothing(routes, tmp_path, 
     assert sent(routes) == [None] * len(REQUESTS)
     (tmp_path / "plan.safetensors").write_bytes(b"no plan")
     Followed().tell(None)
-    assert routes.rank([1]) is None
-    Followed().tell(PLAN)
-    assert routes.rank([1]) is None
+    assert routes.rank("name", [1]) is None
+    Followed().tell(OTHER)
+    assert routes.rank("name", [1]) is None
     assert "requests go to ranks as SGLang balances them" in caplog.text
+    Followed().tell(PLAN)
+    assert sent(routes) == by(PLAN)
+
+
+def test_requests_that_wait_are_evened_out_once_others_are_answered(routes):
+    for at in range(5):  # not as many on each rank
+        routes.rank(f"alone {at}", [1] * 4, waiting=())
+    together = [f"together {at}" for at in range(8)]
+    found = [routes.rank(name, [1] * 4, waiting=together) for name in together]
+    assert sorted(found) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_the_file_is_gone_with_the_process_that_made_it(routes, caplog):

@@ -39,6 +39,9 @@ SINCE = {  # the release, and what a server says before it
     "DeepseekV2": ("0.5.23", "shared experts of DeepseekV2MoE before sglang 0.5.23"),
 }
 OLDEST = Version("0.5.19") > RELEASE  # on a CPU it has neither data-parallel attention nor a right placement of its own
+DATA_PARALLEL = pytest.mark.skipif(
+    OLDEST, reason="stock fails, as test_the_oldest_has_no_data_parallel_attention_on_a_cpu shows"
+)
 ALWAYS = {"speculative_moe": {"choose": False}}
 
 
@@ -313,7 +316,7 @@ def assert_tried_where_a_gain_is_expected(case, *, for_certain):
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(OLDEST, reason="stock fails, as test_the_oldest_has_no_data_parallel_attention_on_a_cpu shows")
+@DATA_PARALLEL
 def test_requests_go_where_their_experts_are_expected(tmp_path):
     """By the plan that is followed: the first one, and another one in its place."""
     config = {"speculative_moe": {"choose": False, "watch": 1}}
@@ -324,35 +327,31 @@ def test_requests_go_where_their_experts_are_expected(tmp_path):
         first = homes(case.plan, asked)
         assert len(set(first)) == 2
         assert answered_by(case.server, asked) == first
-        told = case.plan
-        other = replace(
-            told, rank=1 - told.rank, share=told.share[..., ::-1], prior=told.prior[:, ::-1]
-        )  # turned round
+        share, prior = case.plan.share[..., ::-1], case.plan.prior[:, ::-1]
+        other = replace(case.plan, rank=1 - case.plan.rank, share=share, prior=prior)  # turned round
         other.save(tmp_path / "plan.safetensors")
         case.server.generate([5], 2)
         assert answered_by(case.server, asked) == homes(other, asked) != first
+        answered = asked_for(case.server, asked[:8], 32)  # together: they wait for each other, whatever came before
+        assert sorted(one["meta_info"]["dp_rank"] for one in answered) == [0] * 4 + [1] * 4
     finally:
         case.server.close()
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(OLDEST, reason="stock fails, as test_the_oldest_has_no_data_parallel_attention_on_a_cpu shows")
+@DATA_PARALLEL
 def test_requests_are_balanced_by_sglang_once_the_plan_is_laid_aside(tmp_path):
     """It is as soon as it has cost more than it saves; which rank is nearest does not matter from then on."""
     large = {"FORERUN_CPU_SLOW_SUMS": "large"}
-    flags = {
-        "dp": 2,
-        "enable_dp_attention": True,
-        "boundary_reduction": "rs",
-    }  # what SGLang takes otherwise is for NCCL
+    # What SGLang takes otherwise is for NCCL alone.
+    flags = {"dp": 2, "enable_dp_attention": True, "boundary_reduction": "rs"}
     case = Case(tmp_path, "Qwen3Moe", uneven=True, config={"speculative_moe": {}}, environment=large, **flags)
     try:
         case.server.ready(400)
         asked = prompts([2, 3, 4] * 8, seed=4)
         assert answered_by(case.server, asked) == homes(case.plan, asked)
         assert at_once(case.server, prompts(MIXED), 96) == case.expected(prompts(MIXED), 96)
-        (told,) = {json.dumps(state["speculative_moe"]["laid_aside"]) for state in case.server.info()}
-        assert told == "true"
+        assert {state["speculative_moe"]["laid_aside"] for state in case.server.info()} == {True}
         found = answered_by(case.server, asked)
         assert found in ([0, 1] * 12, [1, 0] * 12)  # in turn, as stock's
     finally:
@@ -367,9 +366,13 @@ def homes(plan, asked):
 
 def answered_by(server, asked):
     """The data-parallel rank that answered each of these prompts, one after the other."""
-    sampling = {"temperature": 0, "max_new_tokens": 2}
-    bodies = [{"input_ids": prompt, "sampling_params": sampling} for prompt in asked]
-    return [json.loads(server.call("/generate", body))["meta_info"]["dp_rank"] for body in bodies]
+    return [asked_for(server, prompt, 2)["meta_info"]["dp_rank"] for prompt in asked]
+
+
+def asked_for(server, asked, tokens):
+    """The server's answer to a prompt, or its answers to several."""
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    return json.loads(server.call("/generate", {"input_ids": asked, "sampling_params": sampling}))
 
 
 @pytest.mark.soak

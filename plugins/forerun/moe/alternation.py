@@ -27,9 +27,7 @@ __all__ = ["Alternation"]
 _logger = logging.getLogger(__name__)
 _FEW = 3  # turns, after which a clear difference decides
 _CLEAR = 1.25  # the longer time over the shorter one
-_DEVIATION = (
-    1.253 * 1.4826
-)  # standard error of a normal median, over the median deviation, times the root of their number
+_DEVIATION = 1.253 * 1.4826  # standard error of a normal median times the root of their number, by median deviations
 _AGAIN = 4096  # batches of a size until it is tried again
 
 

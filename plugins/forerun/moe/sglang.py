@@ -67,19 +67,21 @@ def hooks(section: Mapping[str, Any]) -> Sequence[Hook]:
         ValueError: The section or the plan is not what it should be.
     """
     asked = Section.read(section)
-    plan = None if asked.plan is None else Plan.load(Path(asked.plan))
-    followed = Followed() if plan is not None and asked.shuffle else None
+    plan, followed, requests = None, None, []
+    if asked.plan is not None:
+        path = Path(asked.plan)
+        plan = Plan.load(path)
+        if asked.shuffle:
+            followed = Followed()
+            requests = host.routing(Routes(path, plan, followed).rank)
     speculation = Speculation(asked, plan, followed)
-    needed = [
+    return [
         Hook(host.LOADED, speculation.loaded),
         Hook(host.FORWARD, speculation.forward),
         Hook(host.STATE, speculation.told, "after"),
+        *([] if plan is None else [Hook(host.LOCAL, speculation.local)]),
+        *requests,
     ]
-    if plan is not None:
-        needed.append(Hook(host.LOCAL, speculation.local))
-    if plan is not None and followed is not None:
-        needed.append(host.routing(Routes(Path(str(asked.plan)), plan, followed).rank))
-    return needed
 
 
 class Speculation:

@@ -10,9 +10,11 @@ import atexit
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from forerun.moe.plan import Plan
 from forerun.moe.requests import Arrivals
@@ -51,7 +53,10 @@ class Followed:
             _log.warning("forerun: requests go to the ranks that they went to before: %s", error)
 
     def told(self) -> str:
-        """The digest of the plan that is followed, or dashes; empty where nothing was told yet."""
+        """The digest of the plan that is followed, or dashes.
+
+        Empty where nothing was told yet, the file is gone with its server, or none can be opened just now: no news.
+        """
         try:
             return self._path.read_text()
         except OSError:
@@ -68,27 +73,43 @@ class Routes:
     """
 
     def __init__(self, path: Path, plan: Plan, followed: Followed) -> None:
-        self._path, self._followed, self._seen = path, followed, plan.digest
+        self._path, self._plan, self._followed = path, plan, followed
         self._arrivals: Arrivals | None = Arrivals(plan)
+        self._seen = ""  # what was told last
+        self._given: dict[str, int] = {}  # ranks of requests that may wait for their answers, by name
 
-    def rank(self, request: Any, waiting: Sequence[int] | None = None) -> int | None:
-        """The rank of the next request, as by `Arrivals`; None: no plan is followed, SGLang decides.
+    def rank(self, name: str, request: Any, waiting: Container[str] | None = None) -> int | None:
+        """The rank of the next request; None: no plan is followed, SGLang decides.
+
+        Args:
+            name: Of the request, its own.
+            request: Its token ids.
+            waiting: Names of requests that wait for their answers; None: not known.
 
         Raises:
             TypeError: It holds something else than whole numbers.
         """
         told = self._followed.told()
-        if told and told != self._seen:
+        if told not in ("", self._seen):
             self._seen, self._arrivals = told, self._of(told)
-        return None if self._arrivals is None else self._arrivals.rank(request, waiting)
+        if self._arrivals is None:
+            return None
+        if waiting is None:
+            return self._arrivals.rank(request)
+        self._given = {other: rank for other, rank in self._given.items() if other in waiting}
+        counts = np.bincount(list(self._given.values()), minlength=self._plan.ranks)
+        self._given[name] = rank = self._arrivals.rank(request, counts.tolist())
+        return rank
 
     def _of(self, digest: str) -> Arrivals | None:
         if digest == _NONE:
             _log.info("forerun: no plan is followed: requests go to ranks as SGLang balances them")
             return None
         try:
-            plan = Plan.load(self._path)
+            if digest != self._plan.digest:
+                self._plan = Plan.load(self._path)
         except (OSError, ValueError) as error:
             _log.warning("forerun: requests go to ranks as SGLang balances them: %s", error)
             return None
-        return Arrivals(plan) if plan.digest == digest else None  # replaced once more: there will be word of it
+        # Of one that was replaced once more there will be word.
+        return Arrivals(self._plan) if digest == self._plan.digest else None
