@@ -215,7 +215,7 @@ def _by_turns(
     with _awake(other):
         before = other.client.layers()
     for seed in range(options.repeats):
-        for at, one in enumerate(both):
+        for at, one in _turn(both, seed):
             with _awake(one):
                 port = sent(0) if names else 0
                 first[at].append(case.first(one.client, 1 + seed))
@@ -224,7 +224,7 @@ def _by_turns(
         after = other.client.layers()
     for seed in range(max(1, options.repeats // 2)):
         prompts = [_prompt(case.shape, 50 + 8 * seed + at, 16) for at in range(8)]
-        for at, one in enumerate(both):
+        for at, one in _turn(both, seed):
             with _awake(one):
                 answered = one.client.batch(prompts, 1 + options.decode)
             further[at].extend(answered.between)
@@ -256,6 +256,11 @@ def _by_turns(
         }
         for at, one in enumerate(both)
     ]
+
+
+def _turn(both: Sequence[Served], turn: int) -> list[tuple[int, Served]]:
+    """Both with their numbers, each first every other time."""
+    return sorted(enumerate(both), key=lambda one: one[0], reverse=turn % 2 == 1)
 
 
 @contextlib.contextmanager
