@@ -13,7 +13,7 @@ from forerun.dlrm.decompose import pattern_bound
 from forerun.dlrm.problem import Spread
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=300, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(problems(), st.sampled_from([1.0, 1e-7, 1e6]))
 def test_no_plan_goes_below_the_bound(problem, unit):
     best = best_rating(problem) * unit

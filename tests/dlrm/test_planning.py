@@ -17,7 +17,7 @@ from forerun.dlrm.infeasible import Infeasible
 from forerun.dlrm.problem import loads, validate
 from forerun.dlrm.search import search
 
-few = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+few = settings(max_examples=60, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def soon():

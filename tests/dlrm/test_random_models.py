@@ -97,7 +97,7 @@ def _check(model: tuple[list[tuple[int, int, float]], dict[str, Any]]) -> None:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:no table has pooling factors")  # a factor of 1 looks like none
-_SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+_SETTINGS = {"derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
 @settings(max_examples=40, **_SETTINGS)

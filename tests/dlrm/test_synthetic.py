@@ -79,7 +79,7 @@ def test_a_table_that_is_full_gives_no_new_id() -> None:
     assert set(source.draw(500, random()).tolist()) == {0, 1, 2, 3}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 2000), st.sampled_from([0.3, 0.7, 0.999999, 1.0, 1.000001, 1.3, 2.0, 4.0]), st.integers(0, 2**32))
 def test_a_power_law_has_its_probabilities(rows: int, exponent: float, seed: int) -> None:
     size = 20_000

@@ -40,7 +40,7 @@ def bags(**features: list[str]) -> torch.nn.Module:
 _LENGTHS = st.lists(st.integers(0, 5), min_size=4, max_size=4)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.fixed_dictionaries({"a": _LENGTHS, "b": _LENGTHS}), min_size=1, max_size=4))
 def test_a_factor_is_the_mean_of_all_lengths(batches: list[dict[str, list[int]]]) -> None:
     made = constraints_from([jagged(batch) for batch in batches], bags(t=["b", "a"]))

@@ -21,7 +21,7 @@ def assert_same(one, other):
     assert one.sizes == other.sizes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 40), st.integers(1, 5))
 def test_even_chunks_keep_the_order(tokens, ranks):
     there = even(tokens, ranks)

@@ -163,7 +163,7 @@ def test_what_cannot_be_grouped_is_refused(make, message):
         make()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 300), st.integers(1, 6), st.floats(1.0, 2.0))
 def test_homes_keep_to_the_limit(seed, tokens, ranks, limit):
     random = np.random.default_rng(seed)

@@ -179,7 +179,7 @@ def test_files_that_are_no_plan(tmp_path, profile):
         Plan.load(tmp_path / "profile")
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 4, 8]))
 def test_any_number_of_ranks_that_divides(seed, ranks):
     profile, *_ = random_profile(seed=seed, tokens=200, vocabulary=20, layers=(1, 4))

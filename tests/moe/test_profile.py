@@ -29,7 +29,7 @@ def counted(ids, chosen, layer, experts, vocabulary):
     return table
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(0, 300), st.integers(1, 40))
 def test_tables_are_what_a_loop_counts(seed, tokens, vocabulary):
     profile, ids, chosen = random_profile(seed=seed, tokens=tokens, vocabulary=vocabulary)

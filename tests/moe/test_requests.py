@@ -22,7 +22,7 @@ def drawn(seed, count, longest):
     return [random.integers(0, 60, random.integers(0, longest + 1)).tolist() for _ in range(count)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 10_000), st.integers(0, 40), st.integers(1, 60), st.sampled_from([1.0, 1.1, 2.0]))
 def test_no_rank_has_more_than_its_limit_or_the_longest_above_the_mean(seed, count, longest, limit):
     requests = drawn(seed, count, longest)
@@ -74,7 +74,7 @@ def test_what_is_no_request_is_refused():
         getattr(forerun.moe, "asign")  # noqa: B009
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.sampled_from([1.0, 1.1, 2.0]))
 def test_arrivals_keep_to_the_limit_too(seed, count, limit):
     arrivals, load = Arrivals(PLAN, limit=limit, memory=1 << 40), np.zeros(4)

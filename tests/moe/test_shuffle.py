@@ -15,7 +15,7 @@ def shares(seed, tokens, ranks, rounded):
     return (share * 3).round() if rounded else share
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 10_000), st.integers(0, 70), st.integers(1, 9), st.booleans())
 def test_chunks_are_even_and_the_way_back_is_the_identity(seed, tokens, ranks, rounded):
     share = shares(seed, tokens, ranks, rounded)
@@ -29,7 +29,7 @@ def test_chunks_are_even_and_the_way_back_is_the_identity(seed, tokens, ranks, r
     assert torch.equal(rank[there.order], rank.sort(stable=True).values)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(48, 200), st.integers(1, 6))
 def test_little_is_lost_against_the_best_assignment(seed, tokens, ranks):
     """0.7% in the mean of 1500 draws, 7.6% at worst; a handful of tokens may lose a quarter."""

@@ -132,7 +132,7 @@ def test_custom_timesteps_and_sigmas(name: str, timesteps: dict) -> None:
     assert relative_difference(ours.sample, sequential.sample) <= 1e-5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     steps=st.integers(1, 20),
     window=st.none() | st.integers(1, 24),

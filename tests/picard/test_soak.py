@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1500, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=st.integers(1, 60),
     size=st.none() | st.integers(1, 70),
@@ -46,7 +46,7 @@ def test_windows_are_exact(
     assert window.rounds <= steps
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(
     name=st.sampled_from(SERVED),
     steps=st.integers(5, 40),

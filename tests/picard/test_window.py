@@ -82,7 +82,7 @@ def _sequential(start: Tensor, steps: int) -> Tensor:
     return sample
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.integers(1, 30),
     size=st.none() | st.integers(1, 40),

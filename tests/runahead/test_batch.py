@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from forerun.runahead.batch import Batch, as_one, divide
@@ -26,7 +26,6 @@ def batches(draw):
     return Batch(divide(lengths, draw(shares())), tuple(cached))
 
 
-@settings(deadline=None)
 @given(LENGTHS, shares())
 def test_contexts_add_up_and_are_near_their_shares(lengths, given_shares):
     for n, contexts in zip(lengths, divide(lengths, given_shares), strict=True):
@@ -35,7 +34,6 @@ def test_contexts_add_up_and_are_near_their_shares(lengths, given_shares):
             assert abs(context - share * n) <= 1 or contexts[-1] == 1  # the last token is the last rank's
 
 
-@settings(deadline=None)
 @given(batches())
 def test_every_row_has_one_rank(batch):
     rows = [row for rank in range(batch.ranks) for row in batch.rows(rank)]
@@ -45,7 +43,6 @@ def test_every_row_has_one_rank(batch):
     assert set(batch.lasts()) <= set(batch.rows(batch.ranks - 1))
 
 
-@settings(deadline=None)
 @given(batches())
 def test_queries_attend_to_all_before_them(batch):
     for rank in range(batch.ranks):
@@ -56,7 +53,6 @@ def test_queries_attend_to_all_before_them(batch):
         assert all(seen >= own for seen, own in zip(keys, queries, strict=True))
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.data())
 def test_one_prompt_stands_for_many(lengths, data):
     cached = data.draw(st.lists(st.integers(0, 500), min_size=len(lengths), max_size=len(lengths)))

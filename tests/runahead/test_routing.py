@@ -30,7 +30,7 @@ def idle(count, **cached):
 
 
 @given(st.lists(STANDINGS, min_size=1, max_size=3), st.integers(1, 20000), st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_route_is_a_split_of_the_prompt_that_is_expected_no_later_than_any_one_engine(standings, tokens, alone):
     standings = [Standing(i, one.prefill, one.decoding, one.cached * BLOCK) for i, one in enumerate(standings)]
     route = ROUTER.route(standings, tokens, alone=alone)
@@ -164,7 +164,6 @@ def test_keys_are_equal_exactly_as_far_as_blocks_are(first, second):
 
 
 @given(st.lists(TOKENS, max_size=20), st.integers(0, 12))
-@settings(deadline=None)
 def test_an_index_is_bounded_and_keeps_what_was_used_last(prompts, capacity):
     prefixes, oracle = Prefixes(capacity), OrderedDict()
     for tokens in prompts:

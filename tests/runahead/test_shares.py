@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from forerun.runahead.batch import as_one
@@ -36,7 +36,6 @@ def test_no_sequence_is_no_split():
     assert split_pass(FixedShares((0.5, 0.5)), [4, 0], [0, 0]) is None
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=4), st.integers(2, 4), st.data())
 def test_searched_shares_are_expected_to_be_sooner(lengths, ranks, data):
     cached = data.draw(st.lists(st.integers(0, 2000), min_size=len(lengths), max_size=len(lengths)))

@@ -211,7 +211,7 @@ def together(*tasks):
         assert not thread.is_alive()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_the_last_engine_holds_every_token(workers, data):
     """Chains of 2 to 4, contexts of any number of blocks, in chunks."""

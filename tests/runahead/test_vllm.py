@@ -65,7 +65,7 @@ def splits(draw, engines):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_chain_answers_as_one_engine(engines, count, data):
     length, bounds = data.draw(splits(count))
