@@ -260,7 +260,7 @@ def _by_turns(
 
 def _turn(both: Sequence[Served], turn: int) -> list[tuple[int, Served]]:
     """Both with their numbers, each first every other time."""
-    return sorted(enumerate(both), key=lambda one: one[0], reverse=turn % 2 == 1)
+    return list(enumerate(both))[:: -1 if turn % 2 else 1]
 
 
 @contextlib.contextmanager
