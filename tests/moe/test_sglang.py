@@ -128,11 +128,11 @@ def test_bytes_are_those_of_the_formula(case):
 def test_a_client_of_the_openai_interface(case):
     import openai
 
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{case.server.port}/v1", api_key="none", timeout=120)
     (prompt,) = prompts([20], seed=3)
-    answer = client.completions.create(
-        model="default", prompt=prompt, max_tokens=32, temperature=0, extra_body={"ignore_eos": True}
-    )
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{case.server.port}/v1", api_key="none", timeout=120) as client:
+        answer = client.completions.create(
+            model="default", prompt=prompt, max_tokens=32, temperature=0, extra_body={"ignore_eos": True}
+        )
     assert answer.choices[0].text.split() == [f"t{token}" for token in case.expected([prompt], 32)[0]]
 
 

@@ -55,7 +55,12 @@ class Front:
         return self
 
     def client(self, url=None):
+        """Of the front, or of what is at this address; who takes it closes it."""
         return openai.OpenAI(base_url=f"{url or self.url}/v1", api_key="none", max_retries=0, timeout=180)
+
+    def ask(self, url=None, **body):
+        with self.client(url) as client:
+            return ask(client, **body)
 
     def counted(self, pattern, url=None):
         """The sum of all samples of metrics whose line begins so."""
@@ -100,7 +105,7 @@ class Served(Front):
         found = dict(re.findall(r"engine (\d) is up: (http://\S+)", self.log.read_text()))
         self.engines = [found[number] for number in sorted(found)]
         for url in (*self.engines, self.url):  # the first request of an engine is slow
-            self.client(url).completions.create(model="tiny", prompt=words(0, 300), max_tokens=2)
+            self.ask(url, prompt=words(0, 300), tokens=2)
         return self
 
     def joined(self, folder, *more):
@@ -113,7 +118,7 @@ class Served(Front):
 
     def alone(self, **body):
         """What one engine answers that has not seen the prompt."""
-        return ask(self.client(self.engines[0]), salt=os.urandom(16).hex(), **body)
+        return self.ask(self.engines[0], salt=os.urandom(16).hex(), **body)
 
     def servers(self):
         """Processes of the engines' API servers, in the engines' order."""

@@ -40,7 +40,8 @@ def served(tmp_path_factory):
 
 @pytest.fixture
 def client(served):
-    return served.client()
+    with served.client() as client:
+        yield client
 
 
 def assert_chained(served, before, count=1):
@@ -141,9 +142,9 @@ def test_a_client_that_leaves_frees_its_engines(served, client):
 def test_an_engine_that_reads_other_tokens_than_its_chain_is_for_computes_alone(served):
     tokens, began = prompt(95, 300), time.monotonic()
     part = {"chain": os.urandom(16).hex(), "start": 128, "end": 300, "prompt": digest([*tokens[:-1], 3])}
-    engine, recomputes = served.client(served.engines[1]), "forerun:runahead_recomputes_total"
+    recomputes = "forerun:runahead_recomputes_total"
     before = served.counted(recomputes)
-    answer = text_of(ask(engine, prompt=tokens, extra={"kv_transfer_params": {"runahead": part}}))
+    answer = text_of(served.ask(served.engines[1], prompt=tokens, extra={"kv_transfer_params": {"runahead": part}}))
     assert time.monotonic() - began < 30  # it does not wait for the chain, which would take 60 s
     assert answer == text_of(served.alone(prompt=tokens))
     until(lambda: served.counted(recomputes) == before + 1, 30, "it is counted")
@@ -179,7 +180,7 @@ def test_a_measured_table_follows_what_contexts_take(served, tmp_path):
         lengths = [400 + 64 * (i % 16) for i in range(24)]
         for i, length in enumerate(lengths):
             body = {"prompt": words(500 + i, length), "tokens": 2}
-            assert text_of(ask(front.client(), **body)) == text_of(served.alone(**body))
+            assert text_of(front.ask(**body)) == text_of(served.alone(**body))
             # Not before the sixteenth; later, where a request found the engine still at the one before.
             assert i >= 15 or front.counted("forerun:front_table_refinements") == 0
             with suppress(AssertionError):

@@ -78,6 +78,7 @@ class Load:
         for one in self._asked:
             one.result(300)
         self._pool.shutdown()
+        self._client.close()
 
 
 def victims(server):
@@ -117,7 +118,7 @@ def test_engines_killed_in_turn_cost_no_wrong_answer(served):
     until(lambda: served.counted(r"vllm:num_requests_(running|waiting)\{") == 0, 60, "nothing is left running")
     chains = served.routed("chain")
     body = {"prompt": words(300, 900)}
-    assert text_of(ask(served.client(), **body)) == text_of(served.alone(**body))
+    assert text_of(served.ask(**body)) == text_of(served.alone(**body))
     assert served.routed("chain") == chains + 1
 
 

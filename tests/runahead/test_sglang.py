@@ -3,6 +3,7 @@
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -96,10 +97,9 @@ def test_eight_at_once_as_stock_and_transformers(ours, stock, reference):
 
 def test_clients_of_their_own_through_the_openai_api(ours, reference):
     openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{ours.port}/v1", api_key="none", timeout=240)
     asked = prompts(MIXED, seed=1)
 
-    def ask(prompt):
+    def ask(client, prompt):
         found = client.completions.create(
             model="model",
             prompt=prompt,
@@ -109,8 +109,9 @@ def test_clients_of_their_own_through_the_openai_api(ours, reference):
         )
         return [int(word.removeprefix("t")) for word in found.choices[0].text.split()]
 
-    with ThreadPoolExecutor(len(asked)) as pool:
-        answers = list(pool.map(ask, asked))
+    url = f"http://127.0.0.1:{ours.port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", timeout=240) as client, ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(partial(ask, client), asked))
     assert answers == [continued(reference, prompt, 64) for prompt in asked]
 
 
