@@ -3,7 +3,6 @@
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def test_clients_of_their_own_through_the_openai_api(ours, reference):
     openai = pytest.importorskip("openai")
     asked = prompts(MIXED, seed=1)
 
-    def ask(client, prompt):
+    def ask(prompt):
         found = client.completions.create(
             model="model",
             prompt=prompt,
@@ -111,7 +110,7 @@ def test_clients_of_their_own_through_the_openai_api(ours, reference):
 
     url = f"http://127.0.0.1:{ours.port}/v1"
     with openai.OpenAI(base_url=url, api_key="none", timeout=240) as client, ThreadPoolExecutor(len(asked)) as pool:
-        answers = list(pool.map(partial(ask, client), asked))
+        answers = list(pool.map(ask, asked))
     assert answers == [continued(reference, prompt, 64) for prompt in asked]
 
 
